@@ -1,0 +1,58 @@
+# Two commands matter: `make demo` and `make test`. Both make their own environment.
+# A Python 3.11 or later is looked for; name another with PYTHON=/path/to/python3.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-all test-lowest check bench clean
+
+demo: $(VENV)/.demo
+	@$(BIN)/papaours-auth demo $(if $(KEEP),--keep)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+# The suite on every interpreter here that the library supports, each in its own environment.
+test-all:
+	@sh tests/on-every-python.sh
+
+# The suite with the oldest versions that pyproject.toml admits.
+test-lowest:
+	@PYTHON=$(PYTHON) sh tests/with-lowest-versions.sh
+
+check: $(VENV)/.check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report
+	@sh tests/built-wheel.sh $(BIN)/python
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/floor.py
+
+clean:
+	rm -rf .venv* dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
+
+$(VENV)/.pip: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "papaours-auth needs Python 3.11 or later, and none is on the PATH: install one, or say PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.pip
+	$(BIN)/pip install --quiet --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.pip
+	$(BIN)/pip install --quiet --editable '.[all]' --group test
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.check: $(VENV)/.test
+	$(BIN)/pip install --quiet --group check
+	@touch $@

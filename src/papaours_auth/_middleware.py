@@ -1,0 +1,66 @@
+"""What both middlewares take: one set of options, and one anonymous caller."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Final, Literal, TypedDict
+
+from .authenticator import Options
+from .exceptions import ConfigurationError
+
+STORE_VARIABLE: Final = "PAPAOURS_STORE"
+
+
+class GateOptions(TypedDict, total=False):
+    """Which requests need a key. `papaours_auth.http.Gate` says what each means."""
+
+    exempt: Sequence[str] | None
+    protect: Sequence[str] | None
+    required: bool
+    preflight: Literal["refuse", "pass"]
+    trusted_proxies: Sequence[str]
+    realm: str
+
+
+class MiddlewareOptions(GateOptions, Options):
+    """Everything a middleware takes besides the app, the environment, the store or the authenticator."""
+
+
+def split_options(options: MiddlewareOptions) -> tuple[GateOptions, Options]:
+    """Part the gate's options from the authenticator's."""
+    gate: Mapping[str, object] = {k: v for k, v in options.items() if k in GateOptions.__annotations__}
+    rest: Mapping[str, object] = {k: v for k, v in options.items() if k not in gate}
+    return GateOptions(**gate), Options(**rest)  # type: ignore[typeddict-item]  # parted by name just above
+
+
+def store_url() -> str:
+    """Give the store that PAPAOURS_STORE names. Raises `ConfigurationError`."""
+    url = os.environ.get(STORE_VARIABLE, "")
+    if not url:
+        raise ConfigurationError(
+            f"no store: set {STORE_VARIABLE}, for example to sqlite:///papaours.db, or give one; "
+            "make one with 'papaours-auth init'"
+        )
+    return url
+
+
+def needed(environment: str | None) -> str:
+    """Give the environment, or raise `ConfigurationError` where none was named."""
+    if environment is None:
+        raise ConfigurationError(
+            "no environment: say which keys this app accepts, for example environment='prod'"
+        )
+    return environment
+
+
+class Anonymous:
+    """A caller without a key, where none is needed. Answers to Starlette's names, as `Identity` does."""
+
+    is_authenticated = False
+    display_name = ""
+    identity = ""
+    scopes: frozenset[str] = frozenset()
+
+
+ANONYMOUS: Final = Anonymous()

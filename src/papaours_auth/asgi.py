@@ -1,0 +1,175 @@
+"""Pure ASGI middleware for any ASGI 3 app: http and websocket are guarded, everything else passes through.
+
+The identity is ``scope["papaours"]``; ``scope["user"]`` and ``scope["auth"]`` are it too, so that Starlette's
+``request.user``, ``request.auth`` and ``@requires`` work. A WebSocket is judged when it opens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Final, TypeAlias, Unpack
+
+from ._middleware import ANONYMOUS, MiddlewareOptions, needed, split_options, store_url
+from .authenticator import AsyncAuthenticator
+from .exceptions import ConfigurationError, Reason, Refused, StoreUnavailable
+from .http import Gate, credentials, join_headers, render
+from .model import Identity
+from .stores import AsyncStore
+
+# Any: ASGI messages are dictionaries of whatever their type says (asgiref has no better type either).
+Scope: TypeAlias = MutableMapping[str, Any]
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+logger = logging.getLogger("papaours_auth")
+POLICY_VIOLATION: Final = 1008  # RFC 6455 section 7.4.1
+
+
+class PapaoursAuthMiddleware:
+    """Lets requests with a valid key through to ``app`` and answers the others itself.
+
+    Give ``environment`` (and ``store``, else PAPAOURS_STORE names it) with any option of `Gate` and
+    `Authenticator`, or a ready ``authenticator`` with options of `Gate` alone. Raises `ConfigurationError` at once.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        environment: str | None = None,
+        store: str | AsyncStore | None = None,
+        authenticator: AsyncAuthenticator | None = None,
+        **options: Unpack[MiddlewareOptions],
+    ) -> None:
+        gate, rest = split_options(options)
+        if authenticator is not None and (environment is not None or store is not None or rest):
+            raise ConfigurationError("authenticator is ready: environment, store and its options go into it")
+        self.app = app
+        self.gate = Gate(**gate)
+        self.authenticator = authenticator or AsyncAuthenticator(
+            store if store is not None else store_url(), environment=needed(environment), **rest
+        )
+        self._owned = authenticator is None
+        self._token = f"{self.authenticator.format.token}_".encode("ascii")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await (self._lifespan if scope["type"] == "lifespan" else self.app)(scope, receive, send)
+            return
+        gate = self.gate
+        if not gate.everything and not gate.guards(_path(scope)):
+            await self._pass_anonymous(scope, receive, send)
+            return
+        authorization = x_api_key = None
+        for name, value in scope["headers"]:
+            if name == b"authorization":
+                authorization = value if authorization is None else join_headers((authorization, value))
+            elif name == b"x-api-key":
+                x_api_key = value if x_api_key is None else join_headers((x_api_key, value))
+        client = self._client(scope)
+        try:
+            key = credentials(authorization, x_api_key, token=self._token)
+            identity = self.authenticator.cached(key, client=client)
+            if identity is None:
+                identity = await self.authenticator.authenticate(key, client=client)
+        except Refused as refused:
+            if refused.reason is Reason.MISSING_KEY and self._passes_without_key(scope):
+                await self._pass_anonymous(scope, receive, send)
+            else:
+                await self._refuse(refused, scope, send)
+            return
+        scope["papaours"] = scope["user"] = scope["auth"] = identity
+        await self.app(scope, receive, _private(send))
+
+    def _client(self, scope: Scope) -> str | None:
+        peer = scope.get("client")
+        forwarded = _header(scope, b"x-forwarded-for") if self.gate.believes_proxies else None
+        return self.gate.client(peer[0] if peer else "", forwarded)
+
+    def _passes_without_key(self, scope: Scope) -> bool:
+        return not self.gate.required or (
+            self.gate.passes_preflight
+            and scope.get("method") == "OPTIONS"
+            and _header(scope, b"origin") is not None
+            and _header(scope, b"access-control-request-method") is not None
+        )
+
+    async def _pass_anonymous(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["papaours"] = None
+        scope.setdefault("user", ANONYMOUS)
+        scope.setdefault("auth", ANONYMOUS)
+        await self.app(scope, receive, send)
+
+    async def _refuse(self, refused: Refused, scope: Scope, send: Send) -> None:
+        language = (_header(scope, b"accept-language") or b"").decode("latin-1")
+        await respond(refused, scope, send, accept_language=language, realm=self.gate.realm)
+
+    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.authenticator.start()
+        except ConfigurationError as error:
+            await receive()  # lifespan.startup
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
+        except StoreUnavailable as error:
+            logger.warning("starting although the key store cannot answer, so calls meet 503: %s", error)
+
+        async def close_at_shutdown(message: Message) -> None:
+            if self._owned and message["type"].startswith("lifespan.shutdown."):
+                await self.authenticator.aclose()
+            await send(message)
+
+        await self.app(scope, receive, close_at_shutdown)
+
+
+async def respond(
+    refused: Refused, scope: Scope, send: Send, *, accept_language: str = "", realm: str
+) -> None:
+    """Answer a refused http or websocket scope; a websocket by close 1008 where the server can do no better."""
+    answer = render(refused, accept_language=accept_language, realm=realm)
+    kind = "http"
+    if scope["type"] == "websocket":
+        if "websocket.http.response" not in (scope.get("extensions") or {}):
+            await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": refused.reason.value})
+            return
+        kind = "websocket.http"
+    headers = [(name.lower().encode("ascii"), value.encode("ascii")) for name, value in answer.headers]
+    await send({"type": f"{kind}.response.start", "status": answer.status, "headers": headers})
+    body = b"" if scope.get("method") == "HEAD" else answer.body
+    await send({"type": f"{kind}.response.body", "body": body})
+
+
+def identity_of(scope: Scope) -> Identity | None:
+    """Give the identity a middleware found, or None on an anonymous request."""
+    identity = scope.get("papaours")
+    return identity if isinstance(identity, Identity) else None
+
+
+def _path(scope: Scope) -> str:
+    """Give the application's own path: ``root_path`` is part of ``path`` (ASGI 2.4) and is taken off."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
+        return path[len(root) :]
+    return path
+
+
+def _header(scope: Scope, wanted: bytes) -> bytes | None:
+    return join_headers([value for name, value in scope["headers"] if name == wanted])
+
+
+def _private(send: Send) -> Send:
+    """Keep shared caches from an answer where the app said nothing (they know Authorization, not X-API-KEY)."""
+
+    # No coroutine of ours: what `send` gives is what the app awaits.
+    def wrapped(message: Message) -> Awaitable[None]:
+        if message["type"] == "http.response.start":
+            headers = list(message.get("headers", ()))
+            if all(name.lower() != b"cache-control" for name, _ in headers):
+                message = {**message, "headers": [*headers, (b"cache-control", b"private")]}
+        return send(message)
+
+    return wrapped

@@ -1,0 +1,483 @@
+"""Authenticator and AsyncAuthenticator: a cache hit, or else read -> store -> decide.
+
+Both are shells over the same steps, which live in `_Engine`; they differ by waiting. Any number of threads or
+event loops may share one. Fork: the child starts with an empty cache, no flights and no watcher.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from datetime import UTC, datetime
+from hashlib import blake2b
+from typing import Final, Generic, NamedTuple, TypedDict, TypeVar, Unpack
+
+from ._fork import hold_across_fork
+from .cache import Cache, Clock, Entry
+from .digest import PepperRing, peppers_from_environment
+from .exceptions import ConfigurationError, Reason, Refused, StoreUnavailable
+from .format import MAX_LENGTH, KeyFormat
+from .model import Address, Identity
+from .stores import AsyncStore, Description, Found, Store, open_async_store, open_store
+from .verify import Claim, admit, read, stand
+from .watcher import Watcher
+
+logger = logging.getLogger("papaours_auth")
+
+DEFAULT_MAX_STALENESS: Final = 2.0
+DEFAULT_FORMAT: Final = KeyFormat()
+_LOOKUPS: Final = 3
+"""Tries to get an answer that is not from before the watcher's last reading."""
+
+_F = TypeVar("_F")
+
+
+class Options(TypedDict, total=False):
+    """What may be set on both authenticators. `Authenticator` says what each means."""
+
+    peppers: PepperRing | None
+    format: KeyFormat
+    max_staleness: float
+    max_known: int
+    max_unknown: int
+    max_flights: int
+    lifetime: float
+    timeout: float
+    clock: Clock
+    watch: bool
+
+
+class _Fetched(NamedTuple):
+    """An answer from the store, and when it was asked for (monotonic seconds)."""
+
+    entry: Entry
+    sent: float
+
+
+class _Engine(Generic[_F]):
+    """What both shells do, without waiting for anything. ``_F`` is the flight of an uncached lookup."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        environment: str,
+        peppers: PepperRing | None = None,
+        format: KeyFormat = DEFAULT_FORMAT,  # noqa: A002 - the field's own word
+        max_staleness: float = DEFAULT_MAX_STALENESS,
+        max_known: int = 100_000,
+        max_unknown: int = 10_000,
+        max_flights: int = 1_000,
+        lifetime: float = 300.0,
+        timeout: float = 1.0,
+        clock: Clock = time,
+        watch: bool = True,
+    ) -> None:
+        """See `Authenticator`."""
+        format.check_environment(environment)
+        for name, value in (
+            ("max_staleness", max_staleness),
+            ("max_known", max_known),
+            ("max_unknown", max_unknown),
+            ("max_flights", max_flights),
+            ("lifetime", lifetime),
+            ("timeout", timeout),
+        ):
+            if not 0 < value < float("inf"):
+                raise ConfigurationError(f"{name} must be a number above 0: it bounds what this app may do")
+        self.environment = environment
+        self.format = format
+        self.max_staleness = max_staleness
+        self._store = store
+        self._given = peppers if peppers is not None else peppers_from_environment()
+        self._ring = self._given
+        self._max_flights = max_flights
+        self._timeout = timeout
+        self._clock = clock
+        self._watch = watch
+        self._closed = False
+        self._cache = Cache(
+            clock=clock,
+            max_staleness=max_staleness,
+            max_known=max_known,
+            max_unknown=max_unknown,
+            lifetime=lifetime,
+        )
+        self._cache.on_change.append(self._detach_flights)
+        self._cache.on_new_peppers.append(self._unbind)
+        self._hash_key = secrets.token_bytes(32)
+        self._entry = self._cache.entries.get  # bound once: 20 ns less on a hit
+        self._monotonic = clock.monotonic
+        self._reset()
+        hold_across_fork(self)
+
+    def _reset(self) -> None:
+        self._starting = threading.Lock()
+        self._bound = False
+        self._primary_missing = False
+        self._watcher: Watcher | None = None
+        self._flights: dict[object, _F] = {}
+
+    # the hot path
+
+    def cached(
+        self,
+        presented: bytes,
+        *,
+        client: str | Address | None = None,
+        needs: str | Sequence[str] = (),
+    ) -> Identity | None:
+        """Answer from the cache alone: no I/O, no waiting. None where `authenticate` must ask the store.
+
+        Raises `Refused` for a known key that may not come in. Integrations call this first, so that a hit
+        makes no coroutine.
+        """
+        if len(presented) > MAX_LENGTH:  # before hashing: a megabyte of header costs nothing
+            raise Refused(Reason.MALFORMED_KEY)
+        # BLAKE2b under a key of this process: no text of a key in memory, no collisions to be aimed at.
+        digest = blake2b(presented, digest_size=32, key=self._hash_key).digest()
+        entry = self._entry(digest)
+        # The dict has compared already, but stops at the first difference.
+        if entry is None or not hmac.compare_digest(entry.digest, digest):
+            return None
+        now = self._monotonic()
+        if now >= entry.deadline or (now >= self._cache.trusted_until and not self._cache.trusts(entry, now)):
+            return None
+        if entry.open and not needs:
+            return entry.identity
+        return _let_in(entry, client, needs)
+
+    # the steps of an uncached call
+
+    def _recall(self, presented: bytes) -> tuple[bytes, Entry | None]:
+        """Give a key's hash, and what the cache believes of it: unknown keys too."""
+        digest = blake2b(presented, digest_size=32, key=self._hash_key).digest()
+        return digest, self._cache.recall(digest, self._monotonic())
+
+    def _read(self, presented: bytes) -> Claim:
+        claim = read(presented, format=self.format, peppers=self._ring)
+        if isinstance(claim, Refused):
+            raise claim
+        return claim
+
+    def _settle(self, digest: bytes, claim: Claim, found: Found, sent: float) -> _Fetched | None:
+        """Judge what a lookup found. None where it is from before a change already applied: look again."""
+        monotonic = self._monotonic()
+        wall = self._clock.time()
+        standing = stand(
+            claim, found.record, now=datetime.fromtimestamp(wall, UTC), environment=self.environment
+        )
+        if standing.identity is None and self._primary_missing:
+            raise StoreUnavailable(
+                "keys are digested under a pepper this app does not have, so it cannot tell unknown keys: "
+                "add the store's primary pepper"
+            )
+        entry, kept = self._cache.fill(
+            digest, standing, found.record, found.epochs, monotonic=monotonic, wall=wall
+        )
+        if not kept and self._watcher is not None:
+            self._watcher.wake()
+        return None if entry is None else _Fetched(entry, sent)
+
+    def _usable(self, fetched: _Fetched) -> bool:
+        """Tell whether a fetched answer is still fresh, by a clock read after every wait."""
+        now = self._monotonic()
+        return now < fetched.sent + self.max_staleness and now < fetched.entry.deadline
+
+    def _bind(self, description: Description) -> None:
+        """Hold our peppers against the store's record of them. Raises `ConfigurationError`."""
+        self._bound = True  # before: a change of peppers that arrives meanwhile unbinds again
+        try:
+            ring = self._given.bound_to(
+                description.installation, {record.id: record[1:] for record in description.peppers}
+            )
+        except ConfigurationError:
+            self._bound = False
+            raise
+        self._primary_missing = ring.primary_missing
+        self._ring = ring
+
+    def _unbind(self) -> None:
+        self._bound = False
+
+    def _ready(self) -> bool:
+        """Tell whether our peppers were held against the store's, and the watcher runs."""
+        watcher = self._watcher
+        return self._bound and (not self._watch or (watcher is not None and watcher.alive))
+
+    def refresh(self) -> None:
+        """Read the store's epoch now, in this thread. For apps that run without a watcher (``watch=False``).
+
+        Raises `StoreUnavailable`.
+        """
+        with self._starting:
+            watcher = self._watcher
+            if watcher is None:
+                watcher = self._watcher = Watcher(
+                    self._cache, self._store.feed(), self._clock, max_staleness=self.max_staleness
+                )
+        watcher.poll()
+
+    def _start_watching(self) -> None:
+        """Start the watcher's thread, after one reading in this thread so that fills are kept at once."""
+        if self._watch and (self._watcher is None or not self._watcher.alive):
+            self.refresh()
+            with self._starting:
+                if self._watcher is not None:
+                    self._watcher.start()
+
+    def _stop_watching(self) -> None:
+        with self._starting:
+            watcher, self._watcher = self._watcher, None
+        if watcher is not None:
+            watcher.close()
+
+    def _detach_flights(self) -> None:
+        # Those who wait go on waiting; who comes after a change asks anew.
+        self._flights.clear()
+
+    def _check_room(self) -> None:
+        if len(self._flights) >= self._max_flights:
+            raise StoreUnavailable("too many lookups are under way: the store is slower than the calls come in")
+
+    def before_fork(self) -> None:
+        """Hold the cache still."""
+        self._starting.acquire()
+        self._cache.before_fork()
+
+    def after_fork(self, *, child: bool) -> None:
+        """Go on; a child without cache, flights and watcher."""
+        self._cache.after_fork(child=child)
+        if child:
+            self._reset()
+        else:
+            self._starting.release()
+
+
+def _let_in(entry: Entry, client: str | Address | None, needs: str | Sequence[str]) -> Identity:
+    answer = admit(entry.standing, client=client, needs=needs)
+    if isinstance(answer, Refused):
+        raise answer
+    return answer
+
+
+def _outage(error: StoreUnavailable | ConfigurationError) -> Refused:
+    logger.warning("a call was refused because the key store cannot be asked: %s", error)
+    return Refused(Reason.STORE_UNAVAILABLE)
+
+
+class Authenticator(_Engine["Future[_Fetched]"]):
+    """Validates keys for threads.
+
+    ``store`` is a URL or an opened `Store` (which stays the caller's to close); ``environment`` the one this
+    app accepts. Options:
+
+    - ``peppers``: a `PepperRing`; from the environment variables where none is given.
+    - ``format``: a `KeyFormat`.
+    - ``max_staleness`` (seconds): the promise. No key is accepted later than that after it was disabled.
+    - ``max_known``, ``max_unknown`` (entries): bounds of the cache.
+    - ``lifetime`` (seconds): how long an entry may be kept without asking again, whatever the epoch says.
+    - ``timeout`` (seconds): how long a call waits for a lookup that another call has begun.
+    - ``max_flights``: how many lookups may be under way; more calls than that are refused as an outage.
+    - ``clock``: where time comes from. ``watch=False``: no thread; the app calls `refresh`.
+
+    Raises `ConfigurationError` at once for what is set up wrongly.
+    """
+
+    def __init__(self, store: str | Store, *, environment: str, **options: Unpack[Options]) -> None:
+        self._url = store if isinstance(store, str) else None
+        super().__init__(
+            open_store(store) if isinstance(store, str) else store, environment=environment, **options
+        )
+
+    def start(self) -> None:
+        """Check the peppers against the store and start watching it; otherwise the first call does.
+
+        Raises `ConfigurationError` for peppers that are not this store's, `StoreUnavailable` when it cannot
+        answer (a later call tries again).
+        """
+        if self._closed and self._url is not None:
+            self._store, self._closed = open_store(self._url), False
+        if not self._bound:
+            self._bind(self._store.describe())
+        self._start_watching()
+
+    def authenticate(
+        self,
+        presented: str | bytes,
+        *,
+        client: str | Address | None = None,
+        needs: str | Sequence[str] = (),
+    ) -> Identity:
+        """Give the identity a key proves, or raise `Refused`. Any text or bytes may be presented.
+
+        ``client`` is the caller's address, for keys bound to networks; ``needs`` the rights the call takes,
+        each ``"<permission>:<operation>"``. Raises `InvalidInput` for a need that is not written so.
+        """
+        if isinstance(presented, str):
+            presented = presented.encode("utf-8", "surrogatepass")
+        identity = self.cached(presented, client=client, needs=needs)
+        if identity is not None:
+            return identity
+        digest, entry = self._recall(presented)
+        if entry is not None:
+            return _let_in(entry, client, needs)
+        claim = self._read(presented)
+        try:
+            for _ in range(2):  # an answer that grew old while we waited for it is fetched once more
+                fetched = self._fly(digest, claim)
+                if self._usable(fetched):
+                    return _let_in(fetched.entry, client, needs)
+            raise StoreUnavailable("the store answers more slowly than max_staleness allows")
+        except (StoreUnavailable, ConfigurationError) as error:
+            raise _outage(error) from error
+
+    def _fly(self, digest: bytes, claim: Claim) -> _Fetched:
+        """Fetch, or wait for who is fetching the same key."""
+        mine: Future[_Fetched] = Future()
+        with self._starting:
+            flight = self._flights.get(digest)
+            if flight is None:
+                self._check_room()
+                self._flights[digest] = mine
+        if flight is not None:
+            try:
+                return flight.result(self._timeout)
+            except FutureTimeoutError:
+                raise StoreUnavailable("the store takes longer than the timeout") from None
+        try:
+            fetched = self._fetch(digest, claim)
+        except BaseException as error:
+            # Those who wait are not to be ended by this thread's KeyboardInterrupt.
+            mine.set_exception(
+                error if isinstance(error, Exception) else StoreUnavailable("the lookup was broken off")
+            )
+            raise
+        else:
+            mine.set_result(fetched)
+            return fetched
+        finally:
+            with self._starting:
+                if self._flights.get(digest) is mine:
+                    del self._flights[digest]
+
+    def _fetch(self, digest: bytes, claim: Claim) -> _Fetched:
+        if not self._ready():
+            self.start()
+        for _ in range(_LOOKUPS):
+            sent = self._monotonic()
+            fetched = self._settle(digest, claim, self._store.lookup(claim), sent)
+            if fetched is not None:
+                return fetched
+        raise StoreUnavailable("the store keeps answering from before its own last change")
+
+    def close(self) -> None:
+        """Stop watching; close the store if it was opened from a URL. `start` opens it again."""
+        self._stop_watching()
+        if self._url is not None:
+            self._closed = True
+            self._store.close()
+
+    def __enter__(self) -> Authenticator:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class AsyncAuthenticator(_Engine["asyncio.Task[_Fetched]"]):
+    """Validates keys for event loops. See `Authenticator`; ``store`` may be an opened `AsyncStore`.
+
+    Cancellation of a caller leaves the lookup it began to those who wait for the same key.
+    """
+
+    def __init__(self, store: str | AsyncStore, *, environment: str, **options: Unpack[Options]) -> None:
+        self._url = store if isinstance(store, str) else None
+        self._async_store: AsyncStore = open_async_store(store) if isinstance(store, str) else store
+        super().__init__(self._async_store.sync, environment=environment, **options)
+
+    async def start(self) -> None:
+        """See `Authenticator.start`."""
+        if self._closed and self._url is not None:
+            self._async_store, self._closed = open_async_store(self._url), False
+            self._store = self._async_store.sync
+        if not self._bound:
+            self._bind(await self._async_store.describe())
+        if not self._ready():
+            await asyncio.to_thread(self._start_watching)  # its first reading blocks
+
+    async def authenticate(
+        self,
+        presented: str | bytes,
+        *,
+        client: str | Address | None = None,
+        needs: str | Sequence[str] = (),
+    ) -> Identity:
+        """See `Authenticator.authenticate`."""
+        if isinstance(presented, str):
+            presented = presented.encode("utf-8", "surrogatepass")
+        identity = self.cached(presented, client=client, needs=needs)
+        if identity is not None:
+            return identity
+        digest, entry = self._recall(presented)
+        if entry is not None:
+            return _let_in(entry, client, needs)
+        claim = self._read(presented)
+        try:
+            for _ in range(2):  # an answer that grew old while we waited for it is fetched once more
+                fetched = await self._fly(digest, claim)
+                if self._usable(fetched):
+                    return _let_in(fetched.entry, client, needs)
+            raise StoreUnavailable("the store answers more slowly than max_staleness allows")
+        except (StoreUnavailable, ConfigurationError) as error:
+            raise _outage(error) from error
+
+    async def _fly(self, digest: bytes, claim: Claim) -> _Fetched:
+        """Wait for the task that fetches this key, which no caller's cancellation ends."""
+        loop = asyncio.get_running_loop()
+        flight = self._flights.get((loop, digest))
+        if flight is None:
+            self._check_room()
+            flight = loop.create_task(self._fetch(digest, claim))
+            self._flights[loop, digest] = flight
+            flight.add_done_callback(lambda done: self._landed((loop, digest), done))
+        try:
+            return await asyncio.wait_for(asyncio.shield(flight), self._timeout)
+        except TimeoutError:
+            raise StoreUnavailable("the store takes longer than the timeout") from None
+
+    def _landed(self, name: object, flight: asyncio.Task[_Fetched]) -> None:
+        if self._flights.get(name) is flight:
+            del self._flights[name]
+        if not flight.cancelled():
+            flight.exception()  # looked at, so that a flight whose callers all left is not reported as lost
+
+    async def _fetch(self, digest: bytes, claim: Claim) -> _Fetched:
+        if not self._ready():
+            await self.start()
+        for _ in range(_LOOKUPS):
+            sent = self._monotonic()
+            fetched = self._settle(digest, claim, await self._async_store.lookup(claim), sent)
+            if fetched is not None:
+                return fetched
+        raise StoreUnavailable("the store keeps answering from before its own last change")
+
+    async def aclose(self) -> None:
+        """See `Authenticator.close`."""
+        await asyncio.to_thread(self._stop_watching)
+        if self._url is not None:
+            self._closed = True
+            await self._async_store.aclose()
+
+    async def __aenter__(self) -> AsyncAuthenticator:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()

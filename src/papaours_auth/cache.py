@@ -1,0 +1,250 @@
+"""The verified-key cache and its freshness: why a cached answer may be believed, and until when.
+
+- **Trust comes from reading the epoch, never from silence.** `Cache.apply` takes a reading of the store's
+  change log, evicts what changed, and only then moves that partition's trust to the time the reading was
+  *sent* plus ``max_staleness``. No news, late news and lost news all let trust run out.
+- **A fill cannot undo a change.** An answer is kept only if its epoch is the one last applied; one from an
+  older epoch is not even used.
+- Entries are found by a keyed hash under a key of this process, so no text of a key stays in memory.
+- Trust and lifetimes run on the monotonic clock; a key's expiry is turned into it at the fill.
+
+The guarantee speaks of the last clock reading in `authenticate`. A pause after it is outside, as is the sleep
+of a suspended machine, during which the monotonic clock stands still.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Final, Protocol
+
+from .exceptions import Reason
+from .model import Identity, Record
+from .stores import Epoch, Reading
+from .verify import Standing
+
+NEVER: Final = float("-inf")
+CLOCK_SHIFT: Final = 0.05
+"""Seconds the wall clock may move against the monotonic one before every expiry is computed anew."""
+
+
+class Clock(Protocol):
+    """Where time comes from: the ``time`` module, or a simulator."""
+
+    def monotonic(self) -> float:
+        """Seconds that never go back."""
+
+    def time(self) -> float:
+        """Seconds since 1970 UTC."""
+
+
+class Entry:
+    """What is remembered of one key. Not changed once made.
+
+    ``open`` tells that an identity may come in without a look at the request: nothing but `needs` is left to
+    ask. ``deadline`` is in monotonic seconds.
+    """
+
+    __slots__ = ("deadline", "digest", "identity", "key_id", "machine_id", "open", "partitions", "standing")
+
+    def __init__(
+        self,
+        digest: bytes,
+        standing: Standing,
+        record: Record | None,
+        deadline: float,
+        partitions: tuple[int, ...],
+    ) -> None:
+        self.digest = digest
+        self.standing = standing
+        self.identity: Identity | None = standing.identity
+        self.open = standing.identity is not None and standing.reason is None and not standing.networks
+        self.key_id = record.key.id if record is not None else None
+        self.machine_id = record.machine.id if record is not None else None
+        self.deadline = deadline
+        self.partitions = partitions
+
+    @property
+    def unknown(self) -> bool:
+        """Whether the store has no such key."""
+        return self.standing.reason is Reason.UNKNOWN_KEY
+
+
+class Cache:
+    """Entries of known and of unknown keys, bounded separately, and the trust they stand on.
+
+    ``entries`` and ``trusted_until`` are read without the lock on the hot path; all writes hold it.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        max_staleness: float,
+        max_known: int,
+        max_unknown: int,
+        lifetime: float,
+    ) -> None:
+        self.entries: dict[bytes, Entry] = {}
+        self.unknown: dict[bytes, Entry] = {}
+        self.trusted_until = NEVER  # the earliest of all partitions: one comparison on the hot path
+        self.on_change: list[Callable[[], None]] = []
+        self.on_new_peppers: list[Callable[[], None]] = []
+        self._clock = clock
+        self._max_staleness = max_staleness
+        self._max_known = max_known
+        self._max_unknown = max_unknown
+        self._lifetime = lifetime
+        self._reset()
+
+    def _reset(self) -> None:
+        self.lock = threading.Lock()
+        self._epochs: dict[int, Epoch] = {}
+        self._trust: dict[int, float] = {}
+        self._installation: str | None = None
+        self._by_key: dict[str, bytes] = {}
+        self._by_machine: dict[str, set[bytes]] = {}
+        self._offset = self._clock.time() - self._clock.monotonic()
+        self.entries.clear()
+        self.unknown.clear()
+        self.trusted_until = NEVER
+
+    @property
+    def epochs(self) -> Mapping[int, Epoch]:
+        """The epoch last applied of each partition."""
+        with self.lock:
+            return dict(self._epochs)
+
+    def trusts(self, entry: Entry, now: float) -> bool:
+        """Tell whether an entry may be believed now: its key's and its machine's partitions are fresh."""
+        if now >= entry.deadline:
+            return False
+        if now < self.trusted_until:
+            return True
+        trust = self._trust
+        return all(now < trust.get(partition, NEVER) for partition in entry.partitions)
+
+    def recall(self, digest: bytes, now: float) -> Entry | None:
+        """Give what is believed of a key now, known or unknown."""
+        entry = self.entries.get(digest) or self.unknown.get(digest)
+        return entry if entry is not None and self.trusts(entry, now) else None
+
+    def fill(
+        self, digest: bytes, standing: Standing, record: Record | None, epochs: Mapping[int, Epoch],
+        *, monotonic: float, wall: float,
+    ) -> tuple[Entry | None, bool]:  # fmt: skip
+        """Make an entry of an answer, and keep it if it is of the epoch last applied.
+
+        ``monotonic`` was read before ``wall``, which decided the standing. Gives the entry and whether it
+        was kept; None for an answer from before a change that was applied already: ask again.
+        """
+        deadline = monotonic + self._lifetime
+        if standing.expires_at is not None and standing.reason is None:
+            deadline = min(deadline, monotonic + standing.expires_at.timestamp() - wall)
+        entry = Entry(digest, standing, record, deadline, tuple(epochs))
+        with self.lock:
+            known = self._epochs
+            for partition, epoch in epochs.items():
+                if partition in known and epoch.seq < known[partition].seq:
+                    return None, False
+            kept = (
+                all(known.get(partition) == epoch for partition, epoch in epochs.items())
+                and abs(wall - monotonic - self._offset) <= CLOCK_SHIFT
+            )
+            if kept:
+                self._keep(entry)
+        return entry, kept
+
+    def _keep(self, entry: Entry) -> None:
+        if entry.key_id is None or entry.machine_id is None:
+            self.unknown[entry.digest] = entry
+            if len(self.unknown) > self._max_unknown:
+                del self.unknown[next(iter(self.unknown))]  # the oldest: a flood pushes out its own
+            return
+        self.entries[entry.digest] = entry
+        self._by_key[entry.key_id] = entry.digest
+        self._by_machine.setdefault(entry.machine_id, set()).add(entry.digest)
+        if len(self.entries) > self._max_known:
+            self._evict(next(iter(self.entries)))
+
+    def _evict(self, digest: bytes) -> None:
+        entry = self.entries.pop(digest, None)
+        if entry is None or entry.key_id is None or entry.machine_id is None:
+            return
+        self._by_key.pop(entry.key_id, None)
+        siblings = self._by_machine.get(entry.machine_id)
+        if siblings is not None:
+            siblings.discard(digest)
+            if not siblings:
+                del self._by_machine[entry.machine_id]
+
+    def apply(self, reading: Reading, *, sent: float) -> None:
+        """Take in a reading of the change feed that was sent at ``sent`` (monotonic seconds)."""
+        changed = new_peppers = False
+        with self.lock:
+            if reading.installation != self._installation:
+                changed = new_peppers = True
+                self._forget()
+                self._installation = reading.installation
+            for partition, news in reading.news.items():
+                if news.changes is None:
+                    if self._epochs.get(partition) != news.epoch:
+                        changed = new_peppers = True
+                        self._drop()
+                else:
+                    for kind, subject in news.changes:
+                        changed = True
+                        new_peppers |= kind.startswith("pepper.")
+                        self._change(kind, subject)
+                self._epochs[partition] = news.epoch
+                self._trust[partition] = sent + self._max_staleness
+            self.trusted_until = min(self._trust.values(), default=NEVER)
+        if changed:
+            self._tell(self.on_change)
+        if new_peppers:
+            self._tell(self.on_new_peppers)
+
+    def _change(self, kind: str, subject: str) -> None:
+        if kind in ("key.created", "key.imported"):
+            self.unknown.clear()
+        for digest in [self._by_key.get(subject), *self._by_machine.get(subject, ())]:
+            if digest is not None:
+                self._evict(digest)
+
+    def check_clock(self) -> None:
+        """Drop everything where the wall clock has jumped: expiries were turned into monotonic times."""
+        offset = self._clock.time() - self._clock.monotonic()
+        if abs(offset - self._offset) <= CLOCK_SHIFT:
+            return
+        with self.lock:
+            self._drop()
+            self._offset = offset
+        self._tell(self.on_change)
+
+    def _forget(self) -> None:
+        """Believe nothing of before: another store answers."""
+        self._drop()
+        self._epochs.clear()
+        self._trust.clear()
+        self.trusted_until = NEVER
+
+    def _drop(self) -> None:
+        self.entries.clear()
+        self.unknown.clear()
+        self._by_key.clear()
+        self._by_machine.clear()
+
+    def _tell(self, listeners: list[Callable[[], None]]) -> None:
+        for listener in listeners:
+            listener()
+
+    def before_fork(self) -> None:
+        """Keep other threads from being in the middle of a change."""
+        self.lock.acquire()
+
+    def after_fork(self, *, child: bool) -> None:
+        """A child believes nothing of its parent's."""
+        if child:
+            self._reset()
+        else:
+            self.lock.release()

@@ -1,0 +1,85 @@
+"""Every error this library raises.
+
+    PapaoursAuthError
+    ├── ConfigurationError     the app is set up wrongly: raised at start, says what, why, what to do
+    ├── Refused                a request is not let in; ``reason`` says why
+    ├── StoreUnavailable       the store cannot answer now: never "unknown key"
+    └── AdministrationError    a change was not made
+        ├── InvalidInput           the words of the call are off
+        ├── NotFound               no such machine or key
+        ├── Conflict               it exists already, or a name fits several
+        └── SystemMachineProtected Papaours' own machines are not ours to change
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .model import Identity
+
+
+class Reason(StrEnum):
+    """Why a request is refused. `papaours_auth.http` gives each its status, challenge and words."""
+
+    MISSING_KEY = "missing_key"
+    MALFORMED_KEY = "malformed_key"
+    AMBIGUOUS_CREDENTIALS = "ambiguous_credentials"
+    UNKNOWN_KEY = "unknown_key"
+    WRONG_ENVIRONMENT = "wrong_environment"
+    KEY_INACTIVE = "key_inactive"
+    KEY_EXPIRED = "key_expired"
+    MACHINE_INACTIVE = "machine_inactive"
+    NETWORK_NOT_ALLOWED = "network_not_allowed"
+    INSUFFICIENT_RIGHTS = "insufficient_rights"
+    TOO_MANY_FAILURES = "too_many_failures"
+    STORE_UNAVAILABLE = "store_unavailable"
+
+
+class PapaoursAuthError(Exception):
+    """The root of the tree."""
+
+
+class ConfigurationError(PapaoursAuthError):
+    """The app is set up wrongly. One line: what, why, what to do. Never quotes a secret."""
+
+
+class StoreUnavailable(PapaoursAuthError):
+    """The store cannot answer now. A request meets 503, never 401."""
+
+
+class Refused(PapaoursAuthError):
+    """A request is not let in.
+
+    ``known`` names the caller where the key was recognised (its digest matched), so that usage can be
+    attributed; it is never rendered. ``needs`` holds the rights that were asked for.
+    """
+
+    def __init__(
+        self, reason: Reason, *, known: Identity | None = None, needs: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(reason.value)
+        self.reason = reason
+        self.known = known
+        self.needs = needs
+
+
+class AdministrationError(PapaoursAuthError):
+    """A change was not made; the store is as it was."""
+
+
+class InvalidInput(AdministrationError):
+    """The words of the call are off. Names the argument, never quotes a key."""
+
+
+class NotFound(AdministrationError):
+    """No such machine or key."""
+
+
+class Conflict(AdministrationError):
+    """It exists already, or one name fits several."""
+
+
+class SystemMachineProtected(AdministrationError):
+    """A system machine, its rights and its keys cannot be changed (document 02 of the series)."""

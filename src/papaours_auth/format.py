@@ -1,0 +1,181 @@
+"""The text of a key: reading it, minting it, and showing it without giving it away.
+
+Grammar: ``<token>_<environment>(_<usage>)*_<body>``, at most 256 ASCII characters. Keys minted here have a
+body of exactly 36 base62 characters: 24 random (142 bits), 6 of issuer tag, 6 of checksum.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, NoReturn
+
+from .exceptions import ConfigurationError, InvalidInput
+
+ALPHABET: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+MAX_LENGTH: Final = 256
+MINTED_BODY: Final = 36
+_RANDOM, _TAG, _CHECKSUM = 24, 6, 6
+_VALUES: Final = {character: value for value, character in enumerate(ALPHABET)}
+_SEGMENT: Final = re.compile(r"[a-z0-9]{1,32}", re.ASCII)
+DEFAULT_ENVIRONMENTS: Final = ("prod", "test", "dev", "staging")
+
+
+class Secret:
+    """A key's text, or another secret, that no log, traceback or format string shows.
+
+    `reveal` is the only way out; grep for it to find every place that handles a key in the clear.
+    """
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def reveal(self) -> str:
+        """Give the text itself: show it once, then forget it."""
+        return self._text
+
+    def __repr__(self) -> str:
+        return "Secret('**********')"
+
+    __str__ = __repr__
+
+    def __format__(self, spec: str) -> str:
+        return repr(self)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Secret):
+            return NotImplemented
+        return secrets.compare_digest(self._text.encode(), other._text.encode())
+
+    __hash__ = None  # type: ignore[assignment]  # a secret in a set or a dict would outlive its use
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Secret is not pickled: it would be written somewhere")
+
+
+def base62(value: int, width: int) -> str:
+    """Write ``value`` in base 62 (digits, capitals, small letters), left-padded to ``width``."""
+    digits = []
+    for _ in range(width):
+        value, digit = divmod(value, 62)
+        digits.append(ALPHABET[digit])
+    return "".join(reversed(digits))
+
+
+def _number(text: str) -> int:
+    value = 0
+    for character in text:
+        value = value * 62 + _VALUES[character]
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class KeyText:
+    """What a well-formed key says about itself. It proves nothing: the store decides.
+
+    ``tagged`` is the part an issuer tag covers and ``tag`` the 32-bit tag found; both are None on a foreign
+    key (one minted elsewhere: any body that is not 36 characters).
+    """
+
+    environment: str
+    usage: str
+    last4: str
+    tagged: bytes | None = field(repr=False)
+    tag: int | None = field(repr=False)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the key was minted elsewhere, so that only the store can tell whether it exists."""
+        return self.tag is None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFormat:
+    """The shape of the keys an app reads and mints.
+
+    ``foreign=False`` refuses keys minted elsewhere without asking the store.
+    Raises `ConfigurationError` for a token or an environment outside ``[a-z0-9]{1,32}``.
+    """
+
+    token: str = "pk"  # noqa: S105 - the word every key begins with, not a secret
+    environments: tuple[str, ...] = DEFAULT_ENVIRONMENTS
+    foreign: bool = True
+    _pattern: re.Pattern[str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in (self.token, *self.environments):
+            if not _SEGMENT.fullmatch(name):
+                raise ConfigurationError(
+                    f"{name!r} cannot be a key's token or environment: use 1 to 32 small letters and digits"
+                )
+        if not self.environments:
+            raise ConfigurationError("a KeyFormat needs at least one environment, for example 'prod'")
+        pattern = re.compile(
+            rf"{self.token}_(?P<environment>{'|'.join(self.environments)})"
+            r"(?P<usage>(?:_[a-z0-9]{1,32})*)_(?P<body>[0-9A-Za-z]{12,128})",
+            re.ASCII,
+        )
+        object.__setattr__(self, "_pattern", pattern)
+
+    def check_environment(self, environment: str) -> None:
+        """Raise `ConfigurationError` unless keys of this format can carry the environment."""
+        if environment not in self.environments:
+            known = ", ".join(self.environments)
+            raise ConfigurationError(
+                f"the environment {environment!r} does not exist, so no key could ever match: use one of {known}"
+            )
+
+    def read(self, presented: bytes) -> KeyText | None:
+        """Read a key's text, or give None where it is malformed: shape, length, or a wrong checksum.
+
+        ``presented`` may be any bytes at all. The issuer tag is not checked here: that takes a pepper.
+        """
+        if len(presented) > MAX_LENGTH or not presented.isascii():
+            return None
+        text = presented.decode("ascii")
+        match = self._pattern.fullmatch(text)
+        if match is None:
+            return None
+        body = match["body"]
+        environment, usage = match["environment"], match["usage"][1:]
+        if len(body) != MINTED_BODY:
+            return KeyText(environment, usage, body[-4:], None, None) if self.foreign else None
+        checked, checksum = text[:-_CHECKSUM], _number(body[-_CHECKSUM:])
+        # 62**6 > 2**32: larger values are nobody's checksum or tag, and fail these comparisons.
+        if checksum != zlib.crc32(checked.encode("ascii")):
+            return None
+        tag = _number(body[_RANDOM : _RANDOM + _TAG])
+        if tag >= 1 << 32:
+            return None
+        return KeyText(environment, usage, body[-4:], checked[:-_TAG].encode("ascii"), tag)
+
+    def mint(self, environment: str, *, usage: str = "", tag: Callable[[bytes], int]) -> Secret:
+        """Make a new key. ``tag`` gives the 32-bit issuer tag of the text before it (`PepperRing.tag`).
+
+        ``usage`` is one or more segments joined by ``_``. Raises `InvalidInput` where the result would not
+        be readable.
+        """
+        if environment not in self.environments:
+            raise InvalidInput(
+                f"environment {environment!r} does not exist: use one of {', '.join(self.environments)}"
+            )
+        segments = usage.split("_") if usage else []
+        if not all(_SEGMENT.fullmatch(segment) for segment in segments):
+            raise InvalidInput(
+                "usage must be small letters and digits, 1 to 32 a segment, joined by '_'"
+            )
+        head = "_".join((self.token, environment, *segments, ""))
+        if len(head) + MINTED_BODY > MAX_LENGTH:
+            raise InvalidInput(f"usage is too long: a key has at most {MAX_LENGTH} characters")
+        tagged = head + base62(secrets.randbelow(62**_RANDOM), _RANDOM)
+        checked = tagged + base62(tag(tagged.encode("ascii")), _TAG)
+        return Secret(checked + base62(zlib.crc32(checked.encode("ascii")), _CHECKSUM))
+
+    def printable(self, environment: str, usage: str, last4: str) -> str:
+        """Name a key in logs and lists without giving it away: ``pk_prod_…x7Qz``."""
+        return "_".join(part for part in (self.token, environment, usage) if part) + f"_…{last4}"

@@ -1,0 +1,380 @@
+"""Keys and AsyncKeys: the administration of machines and keys. Never on the request path.
+
+Every change is journalled with its author. Nothing here is reachable with an API key: no HTTP is served.
+Rotation, update and deletion come in beside `Keys.disable_key`, each a rule here and a column in the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import update_wrapper
+from ipaddress import ip_network
+from typing import Concatenate, Final, ParamSpec, TypeVar
+
+from .cache import Clock
+from .digest import PepperRing, peppers_from_environment
+from .exceptions import Conflict, InvalidInput, NotFound, SystemMachineProtected
+from .format import KeyFormat, Secret
+from .model import EVERYWHERE, Grant, Key, Machine, Network, Status, parse_right
+from .stores import Author, Change, PepperRecord, Store, open_store
+
+MAX_LABEL: Final = 200
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """A key just made, with its text: the only time it is seen."""
+
+    key: Key
+    secret: Secret
+
+
+class Keys:
+    """Creates, lists, disables and enables machines and keys.
+
+    ``store`` is a URL or an opened store; ``peppers`` come from the environment variables where none are
+    given; ``actor`` is who the journal names. A store without any pepper takes the first one as its primary.
+
+    Methods take a machine or a key by id or exact name and raise `NotFound`, or `Conflict` where a name fits
+    several; `SystemMachineProtected` for Papaours' own; `InvalidInput` for what cannot be; and
+    `StoreUnavailable`. After an error nothing has changed.
+    """
+
+    def __init__(
+        self,
+        store: str | Store,
+        *,
+        peppers: PepperRing | None = None,
+        format: KeyFormat | None = None,  # noqa: A002 - the field's own word
+        actor: str = "app",
+        clock: Clock = time,
+    ) -> None:
+        self._owned = isinstance(store, str)
+        self._store: Store = open_store(store) if isinstance(store, str) else store
+        self._format = format if format is not None else KeyFormat()
+        self._actor = _label("actor", actor, self._format)
+        self._clock = clock
+        try:
+            self._ring = self._bind(peppers if peppers is not None else peppers_from_environment())
+        except BaseException:
+            self.close()
+            raise
+
+    def _bind(self, given: PepperRing) -> PepperRing:
+        description = self._store.describe()
+        if not description.peppers:
+            first = given.primary
+            record = PepperRecord(first.id, first.proof(description.installation), "primary")
+            self._store.add_pepper(record, self._author())
+            description = self._store.describe()
+        return given.bound_to(
+            description.installation, {record.id: record[1:] for record in description.peppers}
+        )
+
+    # machines
+
+    def create_machine(
+        self,
+        name: str,
+        *,
+        organisation: str,
+        description: str = "",
+        rights: Iterable[str] = (),
+        grants: Iterable[Grant] = (),
+        system: bool = False,
+    ) -> Machine:
+        """Create a machine, active and without keys.
+
+        ``rights`` are shorthand: ``"contrats:lecture"`` on its home organisation, or
+        ``"contrats:lecture@org-a,org-b"`` on those named (``@*``: on all), in force while it stays at home
+        here. ``grants`` say everything. A ``system`` machine can never be changed again.
+        """
+        organisation = _label("organisation", organisation, self._format)
+        machine = Machine(
+            id=f"machine_{secrets.token_hex(8)}",
+            name=_label("name", name, self._format),
+            organisation=organisation,
+            status="active",
+            created_at=self._now(),
+            created_by=self._actor,
+            description=_label("description", description, self._format, empty=True),
+            system=system,
+            grants=(*(_granted(text, organisation) for text in rights), *grants),
+        )
+        self._store.add_machine(machine, self._author())
+        return machine
+
+    def machines(self) -> list[Machine]:
+        """List all machines, oldest first."""
+        return self._store.machines()
+
+    def machine(self, id_or_name: str) -> Machine:
+        """Give one machine."""
+        return _one("machine", id_or_name, self._store.machines(id_or_name))
+
+    def disable_machine(self, id_or_name: str) -> Machine:
+        """Refuse every key of a machine from now on."""
+        return self._set_machine_status(id_or_name, "inactive", "machine.disabled")
+
+    def enable_machine(self, id_or_name: str) -> Machine:
+        """Let a machine's active keys in again."""
+        return self._set_machine_status(id_or_name, "active", "machine.enabled")
+
+    def _set_machine_status(self, id_or_name: str, status: Status, kind: str) -> Machine:
+        machine = _not_system(self.machine(id_or_name))
+        return self._store.update_machine(machine.id, {"status": status}, kind, self._author())
+
+    # keys
+
+    def create_key(
+        self,
+        machine: str,
+        *,
+        name: str,
+        environment: str,
+        usage: str = "",
+        expires: datetime | timedelta | None = None,
+        networks: Iterable[str] = (),
+    ) -> NewKey:
+        """Mint a key for a machine. Its text is in the answer, and nowhere else ever again.
+
+        ``expires`` is an aware time or a span from now; ``networks`` are addresses or CIDR blocks, outside
+        which the key is refused.
+        """
+        owner = _not_system(self.machine(machine))
+        secret = self._format.mint(environment, usage=usage, tag=self._ring.primary.tag)
+        key = self._key(owner, secret, name, environment, usage, expires, networks)
+        self._add(key, secret, "key.created")
+        return NewKey(key, secret)
+
+    def import_key(
+        self,
+        machine: str,
+        secret: Secret | str,
+        *,
+        name: str,
+        environment: str | None = None,
+        expires: datetime | timedelta | None = None,
+        networks: Iterable[str] = (),
+    ) -> Key:
+        """Take in a key minted elsewhere. Its digest is kept, its text is not.
+
+        ``environment`` is the one its text names where none is given. A 36-character body is refused: those
+        are minted here alone.
+        """
+        owner = _not_system(self.machine(machine))
+        secret = secret if isinstance(secret, Secret) else Secret(secret)
+        text = self._format.read(secret.reveal().encode("utf-8", "surrogatepass"))
+        if text is None:
+            raise InvalidInput(
+                f"this is no key: it must read {self._format.token}_<environment>_<body>, the body being "
+                "12 to 128 letters and digits"
+            )
+        if not text.foreign:
+            raise InvalidInput("this key has a 36-character body: only Papaours mints those, create one instead")
+        key = self._key(
+            owner, secret, name, environment or text.environment, text.usage, expires, networks
+        )
+        self._add(key, secret, "key.imported")
+        return key
+
+    def _key(
+        self,
+        machine: Machine,
+        secret: Secret,
+        name: str,
+        environment: str,
+        usage: str,
+        expires: datetime | timedelta | None,
+        networks: Iterable[str],
+    ) -> Key:
+        if environment not in self._format.environments:
+            raise InvalidInput(
+                f"environment {environment!r} does not exist: use one of {', '.join(self._format.environments)}"
+            )
+        return Key(
+            id=f"key_{secrets.token_hex(8)}",
+            machine_id=machine.id,
+            name=_label("name", name, self._format),
+            environment=environment,
+            usage=usage,
+            last4=secret.reveal()[-4:],
+            status="active",
+            created_at=self._now(),
+            created_by=self._actor,
+            expires_at=self._expiry(expires),
+            networks=tuple(_network(text) for text in networks),
+        )
+
+    def _add(self, key: Key, secret: Secret, kind: str) -> None:
+        presented = secret.reveal().encode("ascii")
+        primary = self._ring.primary
+        candidates = self._ring.candidates(presented)
+        first = [candidate for candidate in candidates if candidate.pepper_id == primary.id]
+        others = [candidate for candidate in candidates if candidate.pepper_id != primary.id]
+        self._store.add_key(key, [*first, *others], kind, self._author())
+
+    def keys(self, machine: str | None = None) -> list[Key]:
+        """List keys, oldest first: all, or a machine's. Inactive ones stay in the list."""
+        return self._store.keys(machine_id=self.machine(machine).id if machine is not None else None)
+
+    def key(self, id_or_name: str) -> Key:
+        """Give one key."""
+        return _one("key", id_or_name, self._store.keys(id_or_name))
+
+    def rename_key(self, id_or_name: str, name: str) -> Key:
+        """Change a key's label, and nothing else."""
+        key = self._changeable(id_or_name)
+        label = _label("name", name, self._format)
+        return self._store.update_key(key.id, {"name": label}, "key.renamed", self._author())
+
+    def disable_key(self, id_or_name: str) -> Key:
+        """Refuse every call with a key from now on. It stays in the list, and can be enabled again."""
+        key = self._changeable(id_or_name)
+        return self._store.update_key(key.id, {"status": "inactive"}, "key.disabled", self._author())
+
+    def enable_key(self, id_or_name: str) -> Key:
+        """Let a key in again, with its original value."""
+        key = self._changeable(id_or_name)
+        return self._store.update_key(key.id, {"status": "active"}, "key.enabled", self._author())
+
+    def _changeable(self, id_or_name: str) -> Key:
+        key = self.key(id_or_name)
+        _not_system(self.machine(key.machine_id))
+        return key
+
+    def printable(self, key: Key) -> str:
+        """Name a key without giving it away: ``pk_prod_…x7Qz``."""
+        return self._format.printable(key.environment, key.usage, key.last4)
+
+    # the journal
+
+    def journal(self, subject: str | None = None, *, limit: int = 100) -> list[Change]:
+        """List changes, newest first: all, or those about one id."""
+        return self._store.journal(subject, limit=limit)
+
+    def close(self) -> None:
+        """Close the store if it was opened from a URL."""
+        if self._owned:
+            self._store.close()
+
+    def __enter__(self) -> Keys:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._clock.time(), UTC)
+
+    def _author(self) -> Author:
+        return Author(self._actor, self._now())
+
+    def _expiry(self, expires: datetime | timedelta | None) -> datetime | None:
+        if expires is None:
+            return None
+        try:
+            at = expires if isinstance(expires, datetime) else self._now() + expires
+        except OverflowError:
+            raise InvalidInput("expires is further away than the calendar goes") from None
+        if at.tzinfo is None:
+            raise InvalidInput("expires has no time zone, so it names no moment: give an aware datetime")
+        if at <= self._now():
+            raise InvalidInput("expires lies in the past: the key would never be accepted")
+        return at.astimezone(UTC)
+
+
+def _label(argument: str, text: str, format: KeyFormat, *, empty: bool = False) -> str:  # noqa: A002
+    text = text.strip()
+    if not text and not empty:
+        raise InvalidInput(f"{argument} is empty: people must be able to tell what it is")
+    if len(text) > MAX_LABEL:
+        raise InvalidInput(f"{argument} is longer than {MAX_LABEL} characters")
+    if not text.isprintable():
+        raise InvalidInput(f"{argument} has characters that cannot be shown")
+    if any(format.read(word.encode("utf-8")) for word in text.split()):
+        raise InvalidInput(f"{argument} contains a key, which would be shown in every list: leave it out")
+    return text
+
+
+def _granted(text: str, home: str) -> Grant:
+    wanted, at, named = text.partition("@")
+    permission, _, operation = parse_right(wanted).partition(":")
+    organisations = tuple(name for name in named.split(",") if name) if at else (home,)
+    if not organisations:
+        raise InvalidInput("a right names no organisation after '@': write 'contrats:lecture@org-a,org-b'")
+    perimeter = (EVERYWHERE,) if EVERYWHERE in organisations else tuple({home: None} | dict.fromkeys(organisations))
+    return Grant(permission, operation, organisations, perimeter)
+
+
+def _network(text: str) -> Network:
+    try:
+        return ip_network(text.strip())
+    except ValueError:
+        raise InvalidInput(
+            "a network is an address or a CIDR block without host bits, as in 192.0.2.0/24 or 2001:db8::/32"
+        ) from None
+
+
+_Item = TypeVar("_Item", Machine, Key)
+
+
+def _one(noun: str, id_or_name: str, found: list[_Item]) -> _Item:
+    exact = [item for item in found if item.id == id_or_name] or found
+    if not exact:
+        raise NotFound(f"there is no {noun} with this id or exact name")
+    if len(exact) > 1:
+        ids = ", ".join(item.id for item in exact)
+        raise Conflict(f"{len(exact)} {noun}s have this name: say which by its id ({ids})")
+    return exact[0]
+
+
+def _not_system(machine: Machine) -> Machine:
+    if machine.system:
+        raise SystemMachineProtected(
+            f"{machine.id} is a system machine: neither it nor its rights nor its keys can be changed"
+        )
+    return machine
+
+
+def _in_thread(
+    method: Callable[Concatenate[Keys, _P], _R],
+) -> Callable[Concatenate[AsyncKeys, _P], Awaitable[_R]]:
+    def call(self: AsyncKeys, /, *args: _P.args, **kwargs: _P.kwargs) -> Awaitable[_R]:
+        return asyncio.to_thread(method, self.sync, *args, **kwargs)
+
+    update_wrapper(call, method)
+    return call
+
+
+class AsyncKeys:
+    """`Keys` for event loops: each method is the one of the same name, awaited, run in a thread.
+
+    Administration is rare and never on the request path, so a thread costs nothing that matters, and there
+    is one set of rules.
+    """
+
+    def __init__(self, keys: Keys) -> None:
+        self.sync = keys
+
+    create_machine = _in_thread(Keys.create_machine)
+    machines = _in_thread(Keys.machines)
+    machine = _in_thread(Keys.machine)
+    disable_machine = _in_thread(Keys.disable_machine)
+    enable_machine = _in_thread(Keys.enable_machine)
+    create_key = _in_thread(Keys.create_key)
+    import_key = _in_thread(Keys.import_key)
+    keys = _in_thread(Keys.keys)
+    key = _in_thread(Keys.key)
+    rename_key = _in_thread(Keys.rename_key)
+    disable_key = _in_thread(Keys.disable_key)
+    enable_key = _in_thread(Keys.enable_key)
+    journal = _in_thread(Keys.journal)
+    aclose = _in_thread(Keys.close)

@@ -1,0 +1,111 @@
+"""THE DECISION: may this key come in? Pure: no I/O, no clock. Everything else fetches, caches or renders.
+
+`read` looks at the presented text alone; a store finds a record for the claim; `decide` judges it. The part
+that depends on the key alone (`stand`) is what the cache keeps; the part that depends on the request
+(`admit`: its address, the rights it needs) is asked anew on every hit.
+"""
+
+from __future__ import annotations
+
+import hmac
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Final
+
+from .digest import Candidate, PepperRing
+from .exceptions import Reason, Refused
+from .format import KeyFormat
+from .model import Address, Identity, Network, Record, parse_address, parse_right
+
+PARTITIONS: Final = 16
+"""Stores that cannot change everything in one step keep keys in this many parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A well-formed key: what it may be stored under, and nothing that would give its text away.
+
+    ``partition`` is CRC-32 of the text modulo `PARTITIONS`: the same whatever the pepper.
+    """
+
+    environment: str
+    partition: int
+    candidates: tuple[Candidate, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What is to be said of a key whatever the request: an identity, or a reason to refuse (or both).
+
+    ``identity`` without ``reason`` may come in; with one, it is a known caller that may not; ``reason``
+    alone is an unknown key.
+    """
+
+    identity: Identity | None
+    reason: Reason | None
+    networks: tuple[Network, ...] = ()
+    expires_at: datetime | None = None
+
+
+def read(presented: bytes, *, format: KeyFormat, peppers: PepperRing) -> Claim | Refused:  # noqa: A002
+    """Read a presented key: any bytes at all. A forged key of our own format ends here, without a store."""
+    text = format.read(presented)
+    if text is None:
+        return Refused(Reason.MALFORMED_KEY)
+    if text.tagged is not None and text.tag is not None and not peppers.issued(text.tagged, text.tag):
+        return Refused(Reason.MALFORMED_KEY)
+    return Claim(text.environment, zlib.crc32(presented) % PARTITIONS, peppers.candidates(presented))
+
+
+def stand(claim: Claim, record: Record | None, *, now: datetime, environment: str) -> Standing:
+    """Judge a record for a claim, whatever the request. ``now`` is aware; at ``expires_at`` a key is expired."""
+    # Compared again although the store found it by digest: a store may compare loosely (a collation that
+    # ignores case), and this comparison takes the same time wherever the bytes differ.
+    if record is None or not any(
+        [hmac.compare_digest(candidate.digest, record.digest) for candidate in claim.candidates]
+    ):
+        return Standing(None, Reason.UNKNOWN_KEY)
+    key, machine = record.key, record.machine
+    reason = None
+    if key.environment != environment:
+        reason = Reason.WRONG_ENVIRONMENT
+    elif key.status != "active":
+        reason = Reason.KEY_INACTIVE
+    elif key.expires_at is not None and now >= key.expires_at:
+        reason = Reason.KEY_EXPIRED
+    elif machine.status != "active":
+        reason = Reason.MACHINE_INACTIVE
+    return Standing(Identity.of(key, machine), reason, key.networks, key.expires_at)
+
+
+def admit(
+    standing: Standing, *, client: str | Address | None, needs: str | Sequence[str]
+) -> Identity | Refused:
+    """Judge a request by a key of this standing. An address that is needed and not known is refused."""
+    identity, reason = standing.identity, standing.reason
+    if identity is None or reason is not None:
+        return Refused(reason or Reason.UNKNOWN_KEY, known=identity)
+    if standing.networks:
+        address = parse_address(client) if isinstance(client, str) else client
+        if address is None or not any(address in network for network in standing.networks):
+            return Refused(Reason.NETWORK_NOT_ALLOWED, known=identity)
+    if needs:
+        wanted = tuple(parse_right(need) for need in ((needs,) if isinstance(needs, str) else needs))
+        if not identity.rights.issuperset(wanted):
+            return Refused(Reason.INSUFFICIENT_RIGHTS, known=identity, needs=wanted)
+    return identity
+
+
+def decide(
+    claim: Claim,
+    record: Record | None,
+    *,
+    now: datetime,
+    environment: str,
+    client: str | Address | None = None,
+    needs: str | Sequence[str] = (),
+) -> Identity | Refused:
+    """Judge a claim and the record found for it: the whole decision in one call."""
+    return admit(stand(claim, record, now=now, environment=environment), client=client, needs=needs)

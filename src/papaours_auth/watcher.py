@@ -1,0 +1,77 @@
+"""The watcher: one thread that reads the change feed and keeps the cache's trust alive.
+
+Thread: a daemon, started at the first uncached call. Fork: the child has none, and starts its own likewise.
+Signals and exit: it holds nothing that needs saving. A store that cannot answer: it logs once, tries on, and
+trust runs out by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from .cache import Cache, Clock
+from .exceptions import StoreUnavailable
+from .stores import Feed
+
+logger = logging.getLogger("papaours_auth")
+
+
+class Watcher:
+    """Polls a feed every ``max_staleness / 4``, and at once when the feed announces a change."""
+
+    def __init__(
+        self, cache: Cache, feed: Feed, clock: Clock, *, max_staleness: float
+    ) -> None:
+        self._cache = cache
+        self._feed = feed
+        self._clock = clock
+        self._interval = max_staleness / 4
+        self._polling = threading.Lock()  # a reading is applied before the next one is sent
+        self._stopping = threading.Event()
+        self._failing = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self) -> None:
+        """Start the thread, unless it runs. One caller at a time."""
+        if not self.alive:
+            self._thread = threading.Thread(target=self._run, name="papaours-auth-watcher", daemon=True)
+            self._thread.start()
+
+    def poll(self) -> None:
+        """Read the feed once and apply it. Raises `StoreUnavailable`; trust is then left to run out."""
+        with self._polling:
+            self._cache.check_clock()
+            sent = self._clock.monotonic()
+            self._cache.apply(self._feed.read(self._cache.epochs), sent=sent)
+
+    def wake(self) -> None:
+        """Poll soon: somebody saw an epoch that was not applied yet."""
+        self._feed.wake()
+
+    def close(self) -> None:
+        """Stop the thread and let go of the feed."""
+        self._stopping.set()
+        self._feed.wake()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=5)
+        self._feed.close()
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self.poll()
+            except StoreUnavailable as error:
+                if not self._failing:
+                    logger.warning("the key store cannot be watched, so uncached answers are due: %s", error)
+                self._failing = True
+            else:
+                if self._failing:
+                    logger.warning("the key store can be watched again")
+                self._failing = False
+            self._feed.wait(self._interval)
