@@ -56,6 +56,7 @@ class PapaoursAuthMiddleware:
         self._token = f"{self.authenticator.format.token}_".encode("ascii")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Guard one connection (ASGI 3)."""
         if scope["type"] not in ("http", "websocket"):
             await (self._lifespan if scope["type"] == "lifespan" else self.app)(scope, receive, send)
             return

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import UTC, datetime
 from hashlib import blake2b
-from typing import Final, Generic, NamedTuple, TypedDict, TypeVar, Unpack
+from typing import Final, Generic, NamedTuple, Self, TypedDict, TypeVar, Unpack
 
 from ._fork import hold_across_fork
 from .cache import Cache, Clock, Entry
@@ -245,7 +245,9 @@ class _Engine(Generic[_F]):
 
     def _check_room(self) -> None:
         if len(self._flights) >= self._max_flights:
-            raise StoreUnavailable("too many lookups are under way: the store is slower than the calls come in")
+            raise StoreUnavailable(
+                "too many lookups are under way: the store is slower than the calls come in"
+            )
 
     def before_fork(self) -> None:
         """Hold the cache still."""
@@ -385,7 +387,7 @@ class Authenticator(_Engine["Future[_Fetched]"]):
             self._closed = True
             self._store.close()
 
-    def __enter__(self) -> Authenticator:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -476,7 +478,7 @@ class AsyncAuthenticator(_Engine["asyncio.Task[_Fetched]"]):
             self._closed = True
             await self._async_store.aclose()
 
-    async def __aenter__(self) -> AsyncAuthenticator:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:

@@ -58,7 +58,7 @@ class Pepper:
     _check_key: bytes = field(repr=False)
 
     @classmethod
-    def from_bytes(cls, id: str, value: bytes) -> Pepper:  # noqa: A003 - the field's own word
+    def from_bytes(cls, id: str, value: bytes) -> Pepper:  # noqa: A002 - the field's own word
         """Derive the subkeys. Raises `ConfigurationError` for a short or placeholder value or a bad id."""
         if not _ID.fullmatch(id):
             raise ConfigurationError(
@@ -110,9 +110,7 @@ class PepperRing:
         """Give the same peppers with the statuses a store has recorded."""
         return PepperRing(self.peppers, dict(statuses))
 
-    def bound_to(
-        self, installation: str, recorded: Mapping[str, tuple[bytes, PepperStatus]]
-    ) -> PepperRing:
+    def bound_to(self, installation: str, recorded: Mapping[str, tuple[bytes, PepperStatus]]) -> PepperRing:
         """Hold the peppers against a store's record of them: id -> (proof, status).
 
         Raises `ConfigurationError` for one that is well-formed but not the store's: with it, every key would
@@ -211,14 +209,12 @@ def peppers_from_environment(environ: Mapping[str, str] | None = None) -> Pepper
                 f"check {PEPPER_FILE_VARIABLE} and the file's owner"
             ) from None
     if not text.strip():
-        raise ConfigurationError(
-            f"no pepper: set {PEPPER_VARIABLE} or {PEPPER_FILE_VARIABLE}; {_REMEDY}"
-        )
+        raise ConfigurationError(f"no pepper: set {PEPPER_VARIABLE} or {PEPPER_FILE_VARIABLE}; {_REMEDY}")
     return parse_peppers(text)
 
 
 def new_pepper(ids_in_use: Iterable[str] = ()) -> str:
-    """Make a pepper's line, ``id:base64url``, of 32 random bytes under the first free id ``p1``, ``p2``, …"""
+    """Make a pepper's line, ``id:base64url``, of 32 random bytes under the first free id of ``p1``, ``p2``…."""
     used = set(ids_in_use)
     number = next(n for n in range(1, len(used) + 2) if f"p{n}" not in used)
     value = base64.urlsafe_b64encode(secrets.token_bytes(MIN_PEPPER_BYTES)).rstrip(b"=").decode("ascii")

@@ -1,14 +1,14 @@
 """Every error this library raises.
 
-    PapaoursAuthError
-    ├── ConfigurationError     the app is set up wrongly: raised at start, says what, why, what to do
-    ├── Refused                a request is not let in; ``reason`` says why
-    ├── StoreUnavailable       the store cannot answer now: never "unknown key"
-    └── AdministrationError    a change was not made
-        ├── InvalidInput           the words of the call are off
-        ├── NotFound               no such machine or key
-        ├── Conflict               it exists already, or a name fits several
-        └── SystemMachineProtected Papaours' own machines are not ours to change
+PapaoursAuthError
+├── ConfigurationError     the app is set up wrongly: raised at start, says what, why, what to do
+├── Refused                a request is not let in; ``reason`` says why
+├── StoreUnavailable       the store cannot answer now: never "unknown key"
+└── AdministrationError    a change was not made
+    ├── InvalidInput           the words of the call are off
+    ├── NotFound               no such machine or key
+    ├── Conflict               it exists already, or a name fits several
+    └── SystemMachineProtected Papaours' own machines are not ours to change
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ class Refused(PapaoursAuthError):
     attributed; it is never rendered. ``needs`` holds the rights that were asked for.
     """
 
-    def __init__(
-        self, reason: Reason, *, known: Identity | None = None, needs: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, reason: Reason, *, known: Identity | None = None, needs: tuple[str, ...] = ()) -> None:
         super().__init__(reason.value)
         self.reason = reason
         self.known = known

@@ -166,9 +166,7 @@ class KeyFormat:
             )
         segments = usage.split("_") if usage else []
         if not all(_SEGMENT.fullmatch(segment) for segment in segments):
-            raise InvalidInput(
-                "usage must be small letters and digits, 1 to 32 a segment, joined by '_'"
-            )
+            raise InvalidInput("usage must be small letters and digits, 1 to 32 a segment, joined by '_'")
         head = "_".join((self.token, environment, *segments, ""))
         if len(head) + MINTED_BODY > MAX_LENGTH:
             raise InvalidInput(f"usage is too long: a key has at most {MAX_LENGTH} characters")

@@ -1,5 +1,4 @@
-"""HTTP, once for all frameworks: where a key may sit in a request, whom a path lets pass, and ONE table from
-a reason to its answer.
+"""HTTP, once for all frameworks: where a key sits, whom a path lets pass, ONE table from reason to answer.
 
 ASGI and WSGI give the same answer by construction: WSGI servers join repeated headers with commas, so ASGI
 headers are joined likewise before anything is decided.
@@ -57,7 +56,10 @@ _TABLE: Final[Mapping[Reason, _Row]] = {
         401,
         "invalid_token",
         ("API key malformed", "This is not a Papaours API key: check that it was copied whole."),
-        ("Clé API mal formée", "Ceci n'est pas une clé API Papaours : vérifiez qu'elle est copiée en entier."),
+        (
+            "Clé API mal formée",
+            "Ceci n'est pas une clé API Papaours : vérifiez qu'elle est copiée en entier.",
+        ),
     ),
     Reason.AMBIGUOUS_CREDENTIALS: _Row(
         400,

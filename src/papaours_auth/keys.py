@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import update_wrapper
 from ipaddress import ip_network
-from typing import Concatenate, Final, ParamSpec, TypeVar
+from typing import Concatenate, Final, ParamSpec, Self, TypeVar
 
 from .cache import Clock
 from .digest import PepperRing, peppers_from_environment
@@ -39,8 +39,9 @@ class NewKey:
 class Keys:
     """Creates, lists, disables and enables machines and keys.
 
-    ``store`` is a URL or an opened store; ``peppers`` come from the environment variables where none are
-    given; ``actor`` is who the journal names. A store without any pepper takes the first one as its primary.
+    ``store`` is a URL or an opened store; ``actor`` is who the journal names. ``peppers`` are held against the
+    store at once; where none are given, those of the environment variables are, when a key is first made:
+    whoever must disable a key at night needs no pepper. A store without any takes the first as its primary.
 
     Methods take a machine or a key by id or exact name and raise `NotFound`, or `Conflict` where a name fits
     several; `SystemMachineProtected` for Papaours' own; `InvalidInput` for what cannot be; and
@@ -61,11 +62,19 @@ class Keys:
         self._format = format if format is not None else KeyFormat()
         self._actor = _label("actor", actor, self._format)
         self._clock = clock
-        try:
-            self._ring = self._bind(peppers if peppers is not None else peppers_from_environment())
-        except BaseException:
-            self.close()
-            raise
+        self._bound: PepperRing | None = None
+        if peppers is not None:
+            try:
+                self._bound = self._bind(peppers)
+            except BaseException:
+                self.close()
+                raise
+
+    @property
+    def _ring(self) -> PepperRing:
+        if self._bound is None:
+            self._bound = self._bind(peppers_from_environment())
+        return self._bound
 
     def _bind(self, given: PepperRing) -> PepperRing:
         description = self._store.describe()
@@ -178,10 +187,10 @@ class Keys:
                 "12 to 128 letters and digits"
             )
         if not text.foreign:
-            raise InvalidInput("this key has a 36-character body: only Papaours mints those, create one instead")
-        key = self._key(
-            owner, secret, name, environment or text.environment, text.usage, expires, networks
-        )
+            raise InvalidInput(
+                "this key has a 36-character body: only Papaours mints those, create one instead"
+            )
+        key = self._key(owner, secret, name, environment or text.environment, text.usage, expires, networks)
         self._add(key, secret, "key.imported")
         return key
 
@@ -265,7 +274,7 @@ class Keys:
         if self._owned:
             self._store.close()
 
-    def __enter__(self) -> Keys:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -310,7 +319,9 @@ def _granted(text: str, home: str) -> Grant:
     organisations = tuple(name for name in named.split(",") if name) if at else (home,)
     if not organisations:
         raise InvalidInput("a right names no organisation after '@': write 'contrats:lecture@org-a,org-b'")
-    perimeter = (EVERYWHERE,) if EVERYWHERE in organisations else tuple({home: None} | dict.fromkeys(organisations))
+    perimeter = (
+        (EVERYWHERE,) if EVERYWHERE in organisations else tuple({home: None} | dict.fromkeys(organisations))
+    )
     return Grant(permission, operation, organisations, perimeter)
 
 

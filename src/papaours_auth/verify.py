@@ -64,7 +64,7 @@ def stand(claim: Claim, record: Record | None, *, now: datetime, environment: st
     # Compared again although the store found it by digest: a store may compare loosely (a collation that
     # ignores case), and this comparison takes the same time wherever the bytes differ.
     if record is None or not any(
-        [hmac.compare_digest(candidate.digest, record.digest) for candidate in claim.candidates]
+        [hmac.compare_digest(candidate.digest, record.digest) for candidate in claim.candidates]  # noqa: C419 - all
     ):
         return Standing(None, Reason.UNKNOWN_KEY)
     key, machine = record.key, record.machine

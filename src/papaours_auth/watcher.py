@@ -20,9 +20,7 @@ logger = logging.getLogger("papaours_auth")
 class Watcher:
     """Polls a feed every ``max_staleness / 4``, and at once when the feed announces a change."""
 
-    def __init__(
-        self, cache: Cache, feed: Feed, clock: Clock, *, max_staleness: float
-    ) -> None:
+    def __init__(self, cache: Cache, feed: Feed, clock: Clock, *, max_staleness: float) -> None:
         self._cache = cache
         self._feed = feed
         self._clock = clock

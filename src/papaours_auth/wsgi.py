@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from ._middleware import MiddlewareOptions, needed, split_options, store_url
 from .authenticator import Authenticator
-from .exceptions import ConfigurationError, Reason, Refused, StoreUnavailable
+from .exceptions import ConfigurationError, Reason, Refused
 from .http import Gate, credentials, render
 from .model import Identity
 from .stores import Store
@@ -49,6 +49,7 @@ class PapaoursAuthMiddleware:
         self._token = f"{self.authenticator.format.token}_".encode("ascii")
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Guard one request (PEP 3333)."""
         environ["papaours.identity"] = None
         if not self.gate.everything and not self.gate.guards(_path(environ)):
             return self.app(environ, start_response)
@@ -108,6 +109,8 @@ def _private(start_response: StartResponse) -> StartResponse:
     ) -> Callable[[bytes], object]:
         if all(name.lower() != "cache-control" for name, _ in headers):
             headers = [*headers, ("Cache-Control", "private")]
-        return start_response(status, headers) if exc_info is None else start_response(status, headers, exc_info)
+        return (
+            start_response(status, headers) if exc_info is None else start_response(status, headers, exc_info)
+        )
 
     return wrapped

@@ -159,9 +159,7 @@ class Store(Lookup, Protocol):
     def add_machine(self, machine: Machine, author: Author) -> None:
         """Add a machine. `Conflict` where its id is taken."""
 
-    def update_machine(
-        self, machine_id: str, columns: MachineColumns, kind: str, author: Author
-    ) -> Machine:
+    def update_machine(self, machine_id: str, columns: MachineColumns, kind: str, author: Author) -> Machine:
         """Change columns of a machine and give it as it is then."""
 
     def delete_machine(self, machine_id: str, author: Author) -> None:
@@ -170,9 +168,7 @@ class Store(Lookup, Protocol):
     def machines(self, id_or_name: str | None = None) -> list[Machine]:
         """List machines, oldest first: all, or those with this id or exact name."""
 
-    def add_key(
-        self, key: Key, candidates: Sequence[Candidate], kind: str, author: Author
-    ) -> None:
+    def add_key(self, key: Key, candidates: Sequence[Candidate], kind: str, author: Author) -> None:
         """Add a key under the first candidate. `Conflict` where any candidate or the id is there already."""
 
     def update_key(self, key_id: str, columns: KeyColumns, kind: str, author: Author) -> Key:

@@ -33,7 +33,7 @@ LOG_LENGTH: Final = 10_000
 """Changes kept: a watcher further behind drops its whole cache."""
 
 
-def open_store(url: str, create: bool) -> MemoryStore:  # noqa: ARG001 - a memory store is always new
+def open_store(url: str, create: bool) -> MemoryStore:
     """Open ``memory://``: a new, empty store each time."""
     if url != "memory://":
         raise ConfigurationError("the memory store is written memory:// and nothing else")
@@ -138,9 +138,7 @@ class MemoryStore:
             self._machines[machine.id] = machine
             self._append(author, "machine.created", machine.id, {}, {"name": machine.name})
 
-    def update_machine(
-        self, machine_id: str, columns: MachineColumns, kind: str, author: Author
-    ) -> Machine:
+    def update_machine(self, machine_id: str, columns: MachineColumns, kind: str, author: Author) -> Machine:
         """See `Store.update_machine`."""
         with self._lock:
             self._check_open()
@@ -177,9 +175,7 @@ class MemoryStore:
                 key=lambda machine: (machine.created_at, machine.id),
             )
 
-    def add_key(
-        self, key: Key, candidates: Sequence[Candidate], kind: str, author: Author
-    ) -> None:
+    def add_key(self, key: Key, candidates: Sequence[Candidate], kind: str, author: Author) -> None:
         """See `Store.add_key`."""
         with self._lock:
             self._check_open()
@@ -254,7 +250,11 @@ class MemoryStore:
             self._check_open()
             if known == self._tip:
                 return Reading(self._installation, {0: News(self._tip, ())})
-            since = [(change.kind, change.subject) for change in self._log if known and change.epoch.seq > known.seq]
+            since = [
+                (change.kind, change.subject)
+                for change in self._log
+                if known and change.epoch.seq > known.seq
+            ]
             in_log = known is not None and len(since) == self._tip.seq - known.seq
             return Reading(self._installation, {0: News(self._tip, since if in_log else None)})
 

@@ -128,7 +128,9 @@ class SQLiteStore:
         finally:
             self._readers.give(connection)
         if row is None or row[0] is None:
-            raise StoreUnavailable("the SQLite store has lost its installation mark: restore it from a backup")
+            raise StoreUnavailable(
+                "the SQLite store has lost its installation mark: restore it from a backup"
+            )
         epochs = {0: Epoch(row[1], row[2])}
         if row[3] is None:
             return Found(None, epochs)
@@ -153,7 +155,9 @@ class SQLiteStore:
             mark = connection.execute("select installation from meta").fetchone()
             rows = connection.execute("select id, proof, status from peppers order by id").fetchall()
         if mark is None:
-            raise StoreUnavailable("the SQLite store has lost its installation mark: restore it from a backup")
+            raise StoreUnavailable(
+                "the SQLite store has lost its installation mark: restore it from a backup"
+            )
         return Description(mark[0], tuple(PepperRecord(*row) for row in rows))
 
     def feed(self) -> Feed:
@@ -222,7 +226,9 @@ class SQLiteStore:
     def count_digests(self, pepper_id: str) -> int:
         """See `Store.count_digests`."""
         with self._reading() as connection:
-            row = connection.execute("select count(*) from digests where pepper_id = ?", (pepper_id,)).fetchone()
+            row = connection.execute(
+                "select count(*) from digests where pepper_id = ?", (pepper_id,)
+            ).fetchone()
             return int(row[0])
 
     def add_machine(self, machine: Machine, author: Author) -> None:
@@ -233,9 +239,7 @@ class SQLiteStore:
             _insert(connection, "machines", MACHINE_COLUMNS, machine_row(machine))
             _append(connection, author, "machine.created", machine.id, {}, {"name": machine.name})
 
-    def update_machine(
-        self, machine_id: str, columns: MachineColumns, kind: str, author: Author
-    ) -> Machine:
+    def update_machine(self, machine_id: str, columns: MachineColumns, kind: str, author: Author) -> Machine:
         """See `Store.update_machine`."""
         with self._writing() as connection:
             machine = _machine(connection, machine_id)
@@ -249,7 +253,8 @@ class SQLiteStore:
         with self._writing() as connection:
             machine = _machine(connection, machine_id)
             connection.execute(
-                "delete from digests where key_id in (select id from keys where machine_id = ?)", (machine_id,)
+                "delete from digests where key_id in (select id from keys where machine_id = ?)",
+                (machine_id,),
             )
             connection.execute("delete from keys where machine_id = ?", (machine_id,))
             connection.execute("delete from machines where id = ?", (machine_id,))
@@ -262,17 +267,18 @@ class SQLiteStore:
         with self._reading() as connection:
             return [read_machine(row) for row in connection.execute(statement, values).fetchall()]
 
-    def add_key(
-        self, key: Key, candidates: Sequence[Candidate], kind: str, author: Author
-    ) -> None:
+    def add_key(self, key: Key, candidates: Sequence[Candidate], kind: str, author: Author) -> None:
         """See `Store.add_key`."""
         with self._writing() as connection:
             _machine(connection, key.machine_id)
             there = connection.execute("select 1 from keys where id = ?", (key.id,)).fetchone()
             for candidate in candidates:
-                there = there or connection.execute(
-                    "select 1 from digests where digest = ?", (candidate.digest,)
-                ).fetchone()
+                there = (
+                    there
+                    or connection.execute(
+                        "select 1 from digests where digest = ?", (candidate.digest,)
+                    ).fetchone()
+                )
             if there:
                 raise Conflict("the store already has this key")
             _insert(connection, "keys", KEY_COLUMNS, key_row(key))
@@ -388,7 +394,9 @@ class _SQLiteFeed:
         finally:
             self._pool.give(connection)
         if not rows:
-            raise StoreUnavailable("the SQLite store has lost its installation mark: restore it from a backup")
+            raise StoreUnavailable(
+                "the SQLite store has lost its installation mark: restore it from a backup"
+            )
         epoch = Epoch(*rows[-1][1:3])
         same_file = file in (None, self._file)
         unbroken = tip is not None and same_file and Epoch(*rows[0][1:3]) == tip
@@ -625,9 +633,7 @@ def _append(
     )
 
 
-def _insert(
-    connection: sqlite3.Connection, table: str, columns: Sequence[str], row: Sequence[Cell]
-) -> None:
+def _insert(connection: sqlite3.Connection, table: str, columns: Sequence[str], row: Sequence[Cell]) -> None:
     marks = ", ".join("?" * len(columns))
     connection.execute(f"insert into {table} ({', '.join(columns)}) values ({marks})", row)  # noqa: S608
 
