@@ -307,9 +307,16 @@ class Authenticator(_Engine["Future[_Fetched]"]):
         """
         if self._closed and self._url is not None:
             self._store, self._closed = open_store(self._url), False
+        self.check()
+        self._start_watching()
+
+    def check(self) -> None:
+        """Check the peppers against the store, without starting a thread: may be called before a fork.
+
+        Raises as `start` does.
+        """
         if not self._bound:
             self._bind(self._store.describe())
-        self._start_watching()
 
     def authenticate(
         self,

@@ -303,7 +303,7 @@ def _serve(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
-    log = stack.enter_context(tempfile.TemporaryFile("w+"))
+    log = stack.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115 - the stack closes it
     process = subprocess.Popen(  # noqa: S603 - our own apps, without a shell
         [sys.executable, "-m", *command(port)],
         env={**environ, "PYTHONPATH": str(_examples())},

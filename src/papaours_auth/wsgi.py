@@ -5,15 +5,18 @@ It waits for the store in the calling thread: there is no event loop here.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Unpack
 
 from ._middleware import MiddlewareOptions, needed, split_options, store_url
 from .authenticator import Authenticator
-from .exceptions import ConfigurationError, Reason, Refused
+from .exceptions import ConfigurationError, Reason, Refused, StoreUnavailable
 from .http import Gate, credentials, render
 from .model import Identity
 from .stores import Store
+
+logger = logging.getLogger("papaours_auth")
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -25,8 +28,8 @@ if TYPE_CHECKING:
 class PapaoursAuthMiddleware:
     """Lets requests with a valid key through to ``app`` and answers the others itself.
 
-    Options as on `papaours_auth.asgi.PapaoursAuthMiddleware`, with a blocking ``store`` or ``authenticator``. A store
-    that is opened here is checked here: a wrong pepper stops the app at start.
+    Options as on `papaours_auth.asgi.PapaoursAuthMiddleware`, with a blocking ``store`` or ``authenticator``. Peppers
+    that are not the store's stop the app here, at start: WSGI has no other.
     """
 
     def __init__(
@@ -47,6 +50,10 @@ class PapaoursAuthMiddleware:
             store if store is not None else store_url(), environment=needed(environment), **rest
         )
         self._token = f"{self.authenticator.format.token}_".encode("ascii")
+        try:
+            self.authenticator.check()
+        except StoreUnavailable as error:
+            logger.warning("starting although the key store cannot answer, so calls meet 503: %s", error)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Guard one request (PEP 3333)."""

@@ -1,0 +1,1 @@
+"""What several test files share: real servers, started by the tests and stopped by process id."""

@@ -1,0 +1,107 @@
+"""Real HTTP servers over the example apps, each a process of its own on a free port of the loopback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import NamedTuple
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+START_SECONDS = 60.0
+
+COMMANDS: Mapping[str, Callable[[str, int], list[str]]] = {
+    "uvicorn": lambda app, port: ["uvicorn", app, f"--port={port}"],
+    "granian": lambda app, port: ["granian", app, "--interface=asgi", f"--port={port}"],
+    "hypercorn": lambda app, port: ["hypercorn", app, f"--bind=127.0.0.1:{port}"],
+    "gunicorn": lambda app, port: ["gunicorn", app, f"--bind=127.0.0.1:{port}", "--workers=2"],
+    # The app, its store and its watcher are there before the fork.
+    "gunicorn-preload": lambda app, port: [
+        *("gunicorn", app, f"--bind=127.0.0.1:{port}", "--workers=2", "--threads=2", "--preload")
+    ],
+    "waitress": lambda app, port: ["waitress", f"--listen=127.0.0.1:{port}", app],
+    "granian-wsgi": lambda app, port: ["granian", app, "--interface=wsgi", f"--port={port}"],
+}
+ASGI = ("uvicorn", "granian", "hypercorn")
+WSGI = ("gunicorn", "gunicorn-preload", "waitress", "granian-wsgi")
+
+
+class Server(NamedTuple):
+    """A server under way, and where its words go."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def get(self, headers: Mapping[str, str], path: str = "/contracts") -> tuple[int, bytes]:
+        """Make one request on a connection of its own, so that any worker may answer."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request("GET", path, headers=dict(headers))
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+
+@contextmanager
+def serving(name: str, environ: Mapping[str, str], folder: Path, app: str | None = None) -> Iterator[Server]:
+    """Start a server, wait until it answers, and stop it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    app = app or ("asgi_app:app" if name in ASGI else "wsgi_app:app")
+    log = folder / f"{name}.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *COMMANDS[name](app, port)],
+            env={**os.environ, **environ, "PYTHONPATH": str(EXAMPLES)},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that its workers can be stopped with it
+        )
+    server = Server(process, port, log)
+    try:
+        wait_until(lambda: _answers(server), START_SECONDS, what=f"{name} to answer: {log}")
+        yield server
+    finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> int:
+    """Ask a server to stop, make sure that it and its workers did, and give its exit code."""
+    process.terminate()
+    try:
+        return process.wait(20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, *, what: str) -> None:
+    """Look for a condition until it holds; fail the test where it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {seconds} s for {what}")
+        time.sleep(0.01)
+
+
+def _answers(server: Server) -> bool:
+    if server.process.poll() is not None:
+        raise AssertionError(f"the server ended: {server.log.read_text()}")
+    try:
+        return server.get({}, "/healthz")[0] == 200
+    except OSError:
+        return False
