@@ -75,8 +75,10 @@ def run(*, keep: bool) -> int:
         raise ConfigurationError(
             f"the demonstration needs {', '.join(missing)}: pip install 'papaours-auth[demo]'"
         )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped too
     with ExitStack() as stack:
+        # Asked to stop, it stops its servers too.
+        former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        stack.callback(signal.signal, signal.SIGTERM, former)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="papaours-demo-")))
         administrator = _Administrator(folder)
         keys = _prepare(administrator)
