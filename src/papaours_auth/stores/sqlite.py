@@ -516,6 +516,9 @@ class _Pool:
         while self._idle:
             self._idle.pop().close()
 
+    # A WSGI middleware is never told that its app is gone: what it opened is closed with it.
+    __del__ = _close_idle
+
     def before_fork(self) -> None:
         """Close every connection, waiting for those in use; hold the pool until the fork is done."""
         self._condition.acquire()
