@@ -112,7 +112,7 @@ class _Engine(Generic[_F]):
         )
         self._cache.on_change.append(self._detach_flights)
         self._cache.on_new_peppers.append(self._unbind)
-        self._hash_key = secrets.token_bytes(32)
+        self._keyed_hash = blake2b(digest_size=32, key=secrets.token_bytes(32)).copy
         self._entry = self._cache.entries.get  # bound once: 20 ns less on a hit
         self._monotonic = clock.monotonic
         self._reset()
@@ -128,11 +128,7 @@ class _Engine(Generic[_F]):
     # the hot path
 
     def cached(
-        self,
-        presented: bytes,
-        *,
-        client: str | Address | None = None,
-        needs: str | Sequence[str] = (),
+        self, presented: bytes, client: str | Address | None = None, needs: str | Sequence[str] = ()
     ) -> Identity | None:
         """Answer from the cache alone: no I/O, no waiting. None where `authenticate` must ask the store.
 
@@ -141,8 +137,11 @@ class _Engine(Generic[_F]):
         """
         if len(presented) > MAX_LENGTH:  # before hashing: a megabyte of header costs nothing
             raise Refused(Reason.MALFORMED_KEY)
-        # BLAKE2b under a key of this process: no text of a key in memory, no collisions to be aimed at.
-        digest = blake2b(presented, digest_size=32, key=self._hash_key).digest()
+        # BLAKE2b under a key of this process: no text of a key in memory, no collisions to be aimed at. The copy
+        # has taken in its key already: 180 ns less than making one anew (of 890).
+        hashed = self._keyed_hash()
+        hashed.update(presented)
+        digest = hashed.digest()
         entry = self._entry(digest)
         # The dict has compared already, but stops at the first difference.
         if entry is None or not hmac.compare_digest(entry.digest, digest):
@@ -158,7 +157,9 @@ class _Engine(Generic[_F]):
 
     def _recall(self, presented: bytes) -> tuple[bytes, Entry | None]:
         """Give a key's hash, and what the cache believes of it: unknown keys too."""
-        digest = blake2b(presented, digest_size=32, key=self._hash_key).digest()
+        hashed = self._keyed_hash()
+        hashed.update(presented)
+        digest = hashed.digest()
         return digest, self._cache.recall(digest, self._monotonic())
 
     def _read(self, presented: bytes) -> Claim:
@@ -332,7 +333,7 @@ class Authenticator(_Engine["Future[_Fetched]"]):
         """
         if isinstance(presented, str):
             presented = presented.encode("utf-8", "surrogatepass")
-        identity = self.cached(presented, client=client, needs=needs)
+        identity = self.cached(presented, client, needs)
         if identity is not None:
             return identity
         digest, entry = self._recall(presented)
@@ -432,7 +433,7 @@ class AsyncAuthenticator(_Engine["asyncio.Task[_Fetched]"]):
         """See `Authenticator.authenticate`."""
         if isinstance(presented, str):
             presented = presented.encode("utf-8", "surrogatepass")
-        identity = self.cached(presented, client=client, needs=needs)
+        identity = self.cached(presented, client, needs)
         if identity is not None:
             return identity
         digest, entry = self._recall(presented)
