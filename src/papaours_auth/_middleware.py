@@ -20,7 +20,6 @@ class GateOptions(TypedDict, total=False):
     required: bool
     preflight: Literal["refuse", "pass"]
     trusted_proxies: Sequence[str]
-    realm: str
 
 
 class MiddlewareOptions(GateOptions, Options):

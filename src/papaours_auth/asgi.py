@@ -28,12 +28,81 @@ logger = logging.getLogger("papaours_auth")
 POLICY_VIOLATION: Final = 1008  # RFC 6455 section 7.4.1
 
 
-class PapaoursAuthMiddleware:
-    """Lets requests with a valid key through to ``app`` and answers the others itself.
+class Guard:
+    """Finds who calls an ASGI app: what the middleware and the integrations share.
 
     Give ``environment`` (and ``store``, else PAPAOURS_STORE names it) with any option of `Gate` and
     `Authenticator`, or a ready ``authenticator`` with options of `Gate` alone. Raises `ConfigurationError` at once.
     """
+
+    def __init__(
+        self,
+        *,
+        environment: str | None = None,
+        store: str | AsyncStore | None = None,
+        authenticator: AsyncAuthenticator | None = None,
+        **options: Unpack[MiddlewareOptions],
+    ) -> None:
+        gate, rest = split_options(options)
+        if authenticator is not None and (environment is not None or store is not None or rest):
+            raise ConfigurationError("authenticator is ready: environment, store and its options go into it")
+        self.gate = Gate(**gate)
+        self.authenticator = authenticator or AsyncAuthenticator(
+            store if store is not None else store_url(), environment=needed(environment), **rest
+        )
+        self._owned = authenticator is None
+        self._token = f"{self.authenticator.format.token}_".encode("ascii")
+
+    async def start(self) -> None:
+        """Check peppers and store before the first call. Raises `ConfigurationError`; an outage is logged."""
+        try:
+            await self.authenticator.start()
+        except StoreUnavailable as error:
+            logger.warning("starting although the key store cannot answer, so calls meet 503: %s", error)
+
+    async def aclose(self) -> None:
+        """Close the authenticator, unless it was given ready."""
+        if self._owned:
+            await self.authenticator.aclose()
+
+    async def identify(self, scope: Scope) -> Identity | None:
+        """Give who calls; None where a request may pass without a key. Raises `Refused`."""
+        try:
+            key, client = self._presented(scope)
+            return await self.authenticator.authenticate(key, client=client)
+        except Refused as refused:
+            if self._passes(refused, scope):
+                return None
+            raise
+
+    def _presented(self, scope: Scope) -> tuple[bytes, str | None]:
+        """Give the key and the client's address, or raise `Refused`."""
+        authorization = x_api_key = None
+        for name, value in scope["headers"]:
+            if name == b"authorization":
+                authorization = value if authorization is None else join_headers((authorization, value))
+            elif name == b"x-api-key":
+                x_api_key = value if x_api_key is None else join_headers((x_api_key, value))
+        return credentials(authorization, x_api_key, token=self._token), self._client(scope)
+
+    def _client(self, scope: Scope) -> str | None:
+        peer = scope.get("client")
+        forwarded = _header(scope, b"x-forwarded-for") if self.gate.believes_proxies else None
+        return self.gate.client(peer[0] if peer else "", forwarded)
+
+    def _passes(self, refused: Refused, scope: Scope) -> bool:
+        if refused.reason is not Reason.MISSING_KEY:
+            return False
+        return not self.gate.required or (
+            self.gate.passes_preflight
+            and scope.get("method") == "OPTIONS"
+            and _header(scope, b"origin") is not None
+            and _header(scope, b"access-control-request-method") is not None
+        )
+
+
+class PapaoursAuthMiddleware(Guard):
+    """Lets requests with a valid key through to ``app`` and answers the others itself. Options: see `Guard`."""
 
     def __init__(
         self,
@@ -44,16 +113,8 @@ class PapaoursAuthMiddleware:
         authenticator: AsyncAuthenticator | None = None,
         **options: Unpack[MiddlewareOptions],
     ) -> None:
-        gate, rest = split_options(options)
-        if authenticator is not None and (environment is not None or store is not None or rest):
-            raise ConfigurationError("authenticator is ready: environment, store and its options go into it")
         self.app = app
-        self.gate = Gate(**gate)
-        self.authenticator = authenticator or AsyncAuthenticator(
-            store if store is not None else store_url(), environment=needed(environment), **rest
-        )
-        self._owned = authenticator is None
-        self._token = f"{self.authenticator.format.token}_".encode("ascii")
+        super().__init__(environment=environment, store=store, authenticator=authenticator, **options)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Guard one connection (ASGI 3)."""
@@ -64,39 +125,19 @@ class PapaoursAuthMiddleware:
         if not gate.everything and not gate.guards(_path(scope)):
             await self._pass_anonymous(scope, receive, send)
             return
-        authorization = x_api_key = None
-        for name, value in scope["headers"]:
-            if name == b"authorization":
-                authorization = value if authorization is None else join_headers((authorization, value))
-            elif name == b"x-api-key":
-                x_api_key = value if x_api_key is None else join_headers((x_api_key, value))
-        client = self._client(scope)
         try:
-            key = credentials(authorization, x_api_key, token=self._token)
-            identity = self.authenticator.cached(key, client=client)
+            key, client = self._presented(scope)
+            identity = self.authenticator.cached(key, client)
             if identity is None:
                 identity = await self.authenticator.authenticate(key, client=client)
         except Refused as refused:
-            if refused.reason is Reason.MISSING_KEY and self._passes_without_key(scope):
+            if self._passes(refused, scope):
                 await self._pass_anonymous(scope, receive, send)
             else:
-                await self._refuse(refused, scope, send)
+                await respond(refused, scope, send)
             return
         scope["papaours"] = scope["user"] = scope["auth"] = identity
-        await self.app(scope, receive, _private(send))
-
-    def _client(self, scope: Scope) -> str | None:
-        peer = scope.get("client")
-        forwarded = _header(scope, b"x-forwarded-for") if self.gate.believes_proxies else None
-        return self.gate.client(peer[0] if peer else "", forwarded)
-
-    def _passes_without_key(self, scope: Scope) -> bool:
-        return not self.gate.required or (
-            self.gate.passes_preflight
-            and scope.get("method") == "OPTIONS"
-            and _header(scope, b"origin") is not None
-            and _header(scope, b"access-control-request-method") is not None
-        )
+        await self.app(scope, receive, private(send))
 
     async def _pass_anonymous(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["papaours"] = None
@@ -104,39 +145,32 @@ class PapaoursAuthMiddleware:
         scope.setdefault("auth", ANONYMOUS)
         await self.app(scope, receive, send)
 
-    async def _refuse(self, refused: Refused, scope: Scope, send: Send) -> None:
-        language = (_header(scope, b"accept-language") or b"").decode("latin-1")
-        await respond(refused, scope, send, accept_language=language, realm=self.gate.realm)
-
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await self.authenticator.start()
+            await self.start()
         except ConfigurationError as error:
             await receive()  # lifespan.startup
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
-        except StoreUnavailable as error:
-            logger.warning("starting although the key store cannot answer, so calls meet 503: %s", error)
 
         async def close_at_shutdown(message: Message) -> None:
-            if self._owned and message["type"].startswith("lifespan.shutdown."):
-                await self.authenticator.aclose()
+            if message["type"].startswith("lifespan.shutdown."):
+                await self.aclose()
             await send(message)
 
         await self.app(scope, receive, close_at_shutdown)
 
 
-async def respond(
-    refused: Refused, scope: Scope, send: Send, *, accept_language: str = "", realm: str
-) -> None:
+async def respond(refused: Refused, scope: Scope, send: Send) -> None:
     """Answer a refused http or websocket scope; a websocket by close 1008 where the server can do no better."""
-    answer = render(refused, accept_language=accept_language, realm=realm)
     kind = "http"
     if scope["type"] == "websocket":
         if "websocket.http.response" not in (scope.get("extensions") or {}):
             await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": refused.reason.value})
             return
         kind = "websocket.http"
+    language = (_header(scope, b"accept-language") or b"").decode("latin-1")
+    answer = render(refused, accept_language=language)
     headers = [(name.lower().encode("ascii"), value.encode("ascii")) for name, value in answer.headers]
     await send({"type": f"{kind}.response.start", "status": answer.status, "headers": headers})
     body = b"" if scope.get("method") == "HEAD" else answer.body
@@ -162,7 +196,7 @@ def _header(scope: Scope, wanted: bytes) -> bytes | None:
     return join_headers([value for name, value in scope["headers"] if name == wanted])
 
 
-def _private(send: Send) -> Send:
+def private(send: Send) -> Send:
     """Keep shared caches from an answer where the app said nothing (they know Authorization, not X-API-KEY)."""
 
     # No coroutine of ours: what `send` gives is what the app awaits.

@@ -19,7 +19,7 @@ from typing import Final, Literal, NamedTuple
 from .exceptions import ConfigurationError, Reason, Refused
 from .model import Network, parse_address
 
-REALM: Final = "papaours"
+_REALM: Final = "papaours"
 RETRY_AFTER: Final = 5
 """Seconds after which a client should try again (RFC 9110 section 10.2.3)."""
 _TYPE: Final = "tag:papaours.fr,2026:problem/"  # RFC 9457 section 3.1.1: a URI that need not be fetched
@@ -134,13 +134,13 @@ def status_of(reason: Reason) -> int:
     return _TABLE[reason].status
 
 
-def render(refused: Refused, *, accept_language: str = "", realm: str = REALM) -> Answer:
+def render(refused: Refused, *, accept_language: str = "") -> Answer:
     """Turn a refusal into its answer: a problem document (RFC 9457) in English or French. Quotes no input."""
-    return _render(refused.reason, refused.needs, language(accept_language), realm)
+    return _render(refused.reason, refused.needs, language(accept_language))
 
 
 @lru_cache(maxsize=256)
-def _render(reason: Reason, needs: tuple[str, ...], tongue: Language, realm: str) -> Answer:
+def _render(reason: Reason, needs: tuple[str, ...], tongue: Language) -> Answer:
     row = _TABLE[reason]
     title, detail = row.french if tongue == "fr" else row.english
     body = json.dumps(
@@ -155,14 +155,14 @@ def _render(reason: Reason, needs: tuple[str, ...], tongue: Language, realm: str
         ("Vary", "Accept-Language"),
     ]
     if row.status == 401 or row.error is not None:
-        headers.append(("WWW-Authenticate", _challenge(realm, row.error, needs)))
+        headers.append(("WWW-Authenticate", _challenge(row.error, needs)))
     if row.status in (429, 503):
         headers.append(("Retry-After", str(RETRY_AFTER)))
     return Answer(row.status, tuple(headers), body)
 
 
-def _challenge(realm: str, error: str | None, needs: tuple[str, ...]) -> str:
-    parts = [f'Bearer realm="{realm}"']
+def _challenge(error: str | None, needs: tuple[str, ...]) -> str:
+    parts = [f'Bearer realm="{_REALM}"']
     if error is not None:
         parts.append(f'error="{error}"')
     # RFC 6750 section 3 allows printable ASCII in scope: a right with an accent is left out, not mangled.
@@ -315,7 +315,6 @@ class Gate:
         required: bool = True,
         preflight: Literal["refuse", "pass"] = "refuse",
         trusted_proxies: Sequence[str] = (),
-        realm: str = REALM,
     ) -> None:
         if exempt is not None and protect is not None:
             raise ConfigurationError("exempt and protect cannot both be given: say one, the other follows")
@@ -324,10 +323,7 @@ class Gate:
                 raise ConfigurationError(f"{option} is a list, as in [{value!r}]")
         if preflight not in ("refuse", "pass"):
             raise ConfigurationError("preflight is 'refuse' or 'pass'")
-        if not realm or not realm.isascii() or not realm.isprintable() or '"' in realm or "\\" in realm:
-            raise ConfigurationError("realm is printable ASCII without quotes or backslashes")
         self.required = required
-        self.realm = realm
         self.passes_preflight = preflight == "pass"
         self._exempt = Paths("exempt", exempt) if exempt is not None else None
         self._protect = Paths("protect", protect) if protect is not None else None

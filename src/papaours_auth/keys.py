@@ -22,6 +22,7 @@ from .exceptions import Conflict, InvalidInput, NotFound, SystemMachineProtected
 from .format import KeyFormat, Secret
 from .model import EVERYWHERE, Grant, Key, Machine, Network, Status, parse_right
 from .stores import Author, Change, PepperRecord, Store, open_store
+from .verify import Claim, partition
 
 MAX_LABEL: Final = 200
 _P = ParamSpec("_P")
@@ -228,7 +229,8 @@ class Keys:
         candidates = self._ring.candidates(presented)
         first = [candidate for candidate in candidates if candidate.pepper_id == primary.id]
         others = [candidate for candidate in candidates if candidate.pepper_id != primary.id]
-        self._store.add_key(key, [*first, *others], kind, self._author())
+        claim = Claim(key.environment, partition(presented), (*first, *others))
+        self._store.add_key(key, claim, kind, self._author())
 
     def keys(self, machine: str | None = None) -> list[Key]:
         """List keys, oldest first: all, or a machine's. Inactive ones stay in the list."""

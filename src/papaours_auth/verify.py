@@ -25,10 +25,7 @@ PARTITIONS: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A well-formed key: what it may be stored under, and nothing that would give its text away.
-
-    ``partition`` is CRC-32 of the text modulo `PARTITIONS`: the same whatever the pepper.
-    """
+    """A well-formed key: what it may be stored under, and nothing that would give its text away."""
 
     environment: str
     partition: int
@@ -56,7 +53,12 @@ def read(presented: bytes, *, format: KeyFormat, peppers: PepperRing) -> Claim |
         return Refused(Reason.MALFORMED_KEY)
     if text.tagged is not None and text.tag is not None and not peppers.issued(text.tagged, text.tag):
         return Refused(Reason.MALFORMED_KEY)
-    return Claim(text.environment, zlib.crc32(presented) % PARTITIONS, peppers.candidates(presented))
+    return Claim(text.environment, partition(presented), peppers.candidates(presented))
+
+
+def partition(presented: bytes) -> int:
+    """Tell which part of a store a key belongs in: CRC-32 of its text modulo `PARTITIONS`, whatever the pepper."""
+    return zlib.crc32(presented) % PARTITIONS
 
 
 def stand(claim: Claim, record: Record | None, *, now: datetime, environment: str) -> Standing:

@@ -25,16 +25,15 @@ if TYPE_CHECKING:
     _ExcInfo = tuple[type[BaseException], BaseException, TracebackType] | tuple[None, None, None] | None
 
 
-class PapaoursAuthMiddleware:
-    """Lets requests with a valid key through to ``app`` and answers the others itself.
+class Guard:
+    """Finds who calls a WSGI app: what the middleware and the integrations share.
 
-    Options as on `papaours_auth.asgi.PapaoursAuthMiddleware`, with a blocking ``store`` or ``authenticator``. Peppers
-    that are not the store's stop the app here, at start: WSGI has no other.
+    Options as on `papaours_auth.asgi.Guard`, with a blocking ``store`` or ``authenticator``. Peppers that are not
+    the store's stop the app here, at start: WSGI has no other. No thread is started: the server may fork.
     """
 
     def __init__(
         self,
-        app: WSGIApplication,
         *,
         environment: str | None = None,
         store: str | Store | None = None,
@@ -44,7 +43,6 @@ class PapaoursAuthMiddleware:
         gate, rest = split_options(options)
         if authenticator is not None and (environment is not None or store is not None or rest):
             raise ConfigurationError("authenticator is ready: environment, store and its options go into it")
-        self.app = app
         self.gate = Gate(**gate)
         self.authenticator = authenticator or Authenticator(
             store if store is not None else store_url(), environment=needed(environment), **rest
@@ -55,25 +53,23 @@ class PapaoursAuthMiddleware:
         except StoreUnavailable as error:
             logger.warning("starting although the key store cannot answer, so calls meet 503: %s", error)
 
-    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """Guard one request (PEP 3333)."""
-        environ["papaours.identity"] = None
-        if not self.gate.everything and not self.gate.guards(_path(environ)):
-            return self.app(environ, start_response)
+    def identify(self, environ: WSGIEnvironment) -> Identity | None:
+        """Give who calls; None where a request may pass without a key. Raises `Refused`."""
         try:
             key = credentials(
                 _header(environ, "HTTP_AUTHORIZATION"), _header(environ, "HTTP_X_API_KEY"), token=self._token
             )
             forwarded = _header(environ, "HTTP_X_FORWARDED_FOR") if self.gate.believes_proxies else None
             client = self.gate.client(environ.get("REMOTE_ADDR") or "", forwarded)
-            environ["papaours.identity"] = self.authenticator.authenticate(key, client=client)
+            return self.authenticator.authenticate(key, client=client)
         except Refused as refused:
-            if refused.reason is Reason.MISSING_KEY and self._passes_without_key(environ):
-                return self.app(environ, start_response)
-            return respond(refused, environ, start_response, realm=self.gate.realm)
-        return self.app(environ, _private(start_response))
+            if self._passes(refused, environ):
+                return None
+            raise
 
-    def _passes_without_key(self, environ: WSGIEnvironment) -> bool:
+    def _passes(self, refused: Refused, environ: WSGIEnvironment) -> bool:
+        if refused.reason is not Reason.MISSING_KEY:
+            return False
         return not self.gate.required or (
             self.gate.passes_preflight
             and environ["REQUEST_METHOD"] == "OPTIONS"
@@ -82,11 +78,36 @@ class PapaoursAuthMiddleware:
         )
 
 
-def respond(
-    refused: Refused, environ: WSGIEnvironment, start_response: StartResponse, *, realm: str
-) -> list[bytes]:
+class PapaoursAuthMiddleware(Guard):
+    """Lets requests with a valid key through to ``app`` and answers the others itself. Options: see `Guard`."""
+
+    def __init__(
+        self,
+        app: WSGIApplication,
+        *,
+        environment: str | None = None,
+        store: str | Store | None = None,
+        authenticator: Authenticator | None = None,
+        **options: Unpack[MiddlewareOptions],
+    ) -> None:
+        self.app = app
+        super().__init__(environment=environment, store=store, authenticator=authenticator, **options)
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Guard one request (PEP 3333)."""
+        environ["papaours.identity"] = None
+        if not self.gate.everything and not self.gate.guards(_path(environ)):
+            return self.app(environ, start_response)
+        try:
+            identity = environ["papaours.identity"] = self.identify(environ)
+        except Refused as refused:
+            return respond(refused, environ, start_response)
+        return self.app(environ, start_response if identity is None else private(start_response))
+
+
+def respond(refused: Refused, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
     """Answer a refused request."""
-    answer = render(refused, accept_language=environ.get("HTTP_ACCEPT_LANGUAGE", ""), realm=realm)
+    answer = render(refused, accept_language=environ.get("HTTP_ACCEPT_LANGUAGE", ""))
     start_response(answer.status_line, list(answer.headers))
     return [] if environ["REQUEST_METHOD"] == "HEAD" else [answer.body]
 
@@ -108,7 +129,7 @@ def _header(environ: WSGIEnvironment, name: str) -> bytes | None:
     return None if value is None else value.encode("latin-1", "replace")
 
 
-def _private(start_response: StartResponse) -> StartResponse:
+def private(start_response: StartResponse) -> StartResponse:
     """Keep shared caches from an answer where the app said nothing (they know Authorization, not X-API-KEY)."""
 
     def wrapped(

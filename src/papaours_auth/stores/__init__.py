@@ -15,7 +15,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Final, NamedTuple, Protocol, TypedDict
 
-from ..digest import Candidate, PepperStatus
+from ..digest import PepperStatus
 from ..exceptions import ConfigurationError
 from ..model import Grant, Key, Machine, Network, Record, Status
 from ..verify import Claim
@@ -168,8 +168,8 @@ class Store(Lookup, Protocol):
     def machines(self, id_or_name: str | None = None) -> list[Machine]:
         """List machines, oldest first: all, or those with this id or exact name."""
 
-    def add_key(self, key: Key, candidates: Sequence[Candidate], kind: str, author: Author) -> None:
-        """Add a key under the first candidate. `Conflict` where any candidate or the id is there already."""
+    def add_key(self, key: Key, claim: Claim, kind: str, author: Author) -> None:
+        """Add a key under its claim's first digest. `Conflict` where any of them or the id is there already."""
 
     def update_key(self, key_id: str, columns: KeyColumns, kind: str, author: Author) -> Key:
         """Change columns of a key and give it as it is then."""

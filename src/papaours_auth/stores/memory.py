@@ -5,8 +5,9 @@ from __future__ import annotations
 import secrets
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Final
 
 from .._fork import hold_across_fork
@@ -59,6 +60,11 @@ class MemoryStore:
         self._key_of: dict[bytes, str] = {}
         self._log: deque[Change] = deque(maxlen=LOG_LENGTH)
         self._tip = next_epoch(None)
+        self._log.append(
+            Change(
+                self._tip, datetime.now(UTC), "papaours-auth", "store.created", self._installation, "{}", "{}"
+            )
+        )
         self._closed = False
         hold_across_fork(self)
 
@@ -175,17 +181,18 @@ class MemoryStore:
                 key=lambda machine: (machine.created_at, machine.id),
             )
 
-    def add_key(self, key: Key, candidates: Sequence[Candidate], kind: str, author: Author) -> None:
+    def add_key(self, key: Key, claim: Claim, kind: str, author: Author) -> None:
         """See `Store.add_key`."""
         with self._lock:
             self._check_open()
             if key.machine_id not in self._machines:
                 raise NotFound(f"the store has no machine {key.machine_id}")
-            if key.id in self._keys or any(c.digest in self._key_of for c in candidates):
+            if key.id in self._keys or any(c.digest in self._key_of for c in claim.candidates):
                 raise Conflict("the store already has this key")
             self._keys[key.id] = key
-            self._digests[candidates[0].digest] = candidates[0]
-            self._key_of[candidates[0].digest] = key.id
+            first = claim.candidates[0]
+            self._digests[first.digest] = first
+            self._key_of[first.digest] = key.id
             self._append(author, kind, key.id, {}, {"machine_id": key.machine_id, "name": key.name})
 
     def update_key(self, key_id: str, columns: KeyColumns, kind: str, author: Author) -> Key:
@@ -250,13 +257,12 @@ class MemoryStore:
             self._check_open()
             if known == self._tip:
                 return Reading(self._installation, {0: News(self._tip, ())})
-            since = [
-                (change.kind, change.subject)
-                for change in self._log
-                if known and change.epoch.seq > known.seq
-            ]
-            in_log = known is not None and len(since) == self._tip.seq - known.seq
-            return Reading(self._installation, {0: News(self._tip, since if in_log else None)})
+            since = None
+            if known is not None and any(change.epoch == known for change in self._log):
+                since = [
+                    (change.kind, change.subject) for change in self._log if change.epoch.seq > known.seq
+                ]
+            return Reading(self._installation, {0: News(self._tip, since)})
 
     def wait_past(self, known: Epoch | None, timeout: float, stop: threading.Event) -> None:
         """Wait until the tip is another one than known, or until ``stop`` is set."""
