@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from papaours_auth import Keys, PepperRing, open_store, parse_peppers
 from papaours_auth.stores import Store
+from support.doors import Door, Spy, open_door
 
 PEPPER = "p1:" + base64.urlsafe_b64encode(bytes(range(32))).decode()
 
@@ -57,3 +59,38 @@ def store(store_url: str) -> Iterator[Store]:
 @pytest.fixture
 def keys(store: Store, ring: PepperRing) -> Keys:
     return Keys(store, peppers=ring)
+
+
+@pytest.fixture
+def admin(store: Store, ring: PepperRing, clock: ManualClock) -> Keys:
+    """Administration that lives by the test's clock."""
+    return Keys(store, peppers=ring, clock=clock)
+
+
+@pytest.fixture
+def spy(store: Store) -> Spy:
+    return Spy(store)
+
+
+@pytest.fixture(params=["sync", "async"])
+def opens(
+    request: pytest.FixtureRequest, spy: Spy, ring: PepperRing, clock: ManualClock
+) -> Iterator[Callable[..., Door]]:
+    """Open authenticators over the spy, watched by hand: the first reading is done, `Door.refresh` does more."""
+    doors: list[Door] = []
+
+    def opened(**options: Any) -> Door:
+        given = {"peppers": ring, "clock": clock, "watch": False, **options}
+        doors.append(open_door(request.param, spy.store, **given))
+        if not given["watch"]:
+            doors[-1].refresh()
+        return doors[-1]
+
+    yield opened
+    for door in doors:
+        door.close()
+
+
+@pytest.fixture
+def door(opens: Callable[..., Door]) -> Door:
+    return opens()

@@ -30,8 +30,16 @@ def hold_across_fork(forker: Forker) -> None:
     _known.add(forker)
 
 
+def _all() -> list[Forker]:
+    while True:
+        try:
+            return list(_known)
+        except RuntimeError:  # another thread added one meanwhile
+            continue
+
+
 def _before() -> None:
-    for forker in list(_known):
+    for forker in _all():
         forker.before_fork()
         _held.append(forker)
 

@@ -141,8 +141,10 @@ class PapaoursAuthMiddleware(Guard):
 
     async def _pass_anonymous(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["papaours"] = None
-        scope.setdefault("user", ANONYMOUS)
-        scope.setdefault("auth", ANONYMOUS)
+        # A user that another middleware found stays. An identity of ours would be that of a guard further out.
+        for name in ("user", "auth"):
+            if isinstance(scope.setdefault(name, ANONYMOUS), Identity):
+                scope[name] = ANONYMOUS
         await self.app(scope, receive, send)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -153,12 +155,12 @@ class PapaoursAuthMiddleware(Guard):
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
 
-        async def close_at_shutdown(message: Message) -> None:
-            if message["type"].startswith("lifespan.shutdown."):
+        async def close_at_end(message: Message) -> None:
+            if message["type"] != "lifespan.startup.complete":
                 await self.aclose()
             await send(message)
 
-        await self.app(scope, receive, close_at_shutdown)
+        await self.app(scope, receive, close_at_end)
 
 
 async def respond(refused: Refused, scope: Scope, send: Send) -> None:

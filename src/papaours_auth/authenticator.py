@@ -120,10 +120,12 @@ class _Engine(Generic[_F]):
 
     def _reset(self) -> None:
         self._starting = threading.Lock()
-        self._bound = False
+        self._ring_changes = 0
+        self._bound_after: int | None = None  # so many of them
         self._primary_missing = False
         self._watcher: Watcher | None = None
-        self._flights: dict[object, _F] = {}
+        self._flights: dict[object, _F] = {}  # those that one may join
+        self._under_way: set[_F] = set()  # these, and those a change has detached
 
     # the hot path
 
@@ -169,17 +171,16 @@ class _Engine(Generic[_F]):
         return claim
 
     def _settle(self, digest: bytes, claim: Claim, found: Found, sent: float) -> _Fetched | None:
-        """Judge what a lookup found. None where it is from before a change already applied: look again."""
+        """Judge what a lookup found. None where a change overtook it: look again."""
         monotonic = self._monotonic()
         wall = self._clock.time()
         standing = stand(
             claim, found.record, now=datetime.fromtimestamp(wall, UTC), environment=self.environment
         )
-        if standing.identity is None and self._primary_missing:
-            raise StoreUnavailable(
-                "keys are digested under a pepper this app does not have, so it cannot tell unknown keys: "
-                "add the store's primary pepper"
-            )
+        if standing.identity is None:
+            if not self._bound:
+                return None  # the peppers changed meanwhile: it may be known by another digest
+            self._check_primary()
         entry, kept = self._cache.fill(
             digest, standing, found.record, found.epochs, monotonic=monotonic, wall=wall
         )
@@ -187,26 +188,36 @@ class _Engine(Generic[_F]):
             self._watcher.wake()
         return None if entry is None else _Fetched(entry, sent)
 
+    def _check_primary(self) -> None:
+        if self._primary_missing:
+            raise StoreUnavailable(
+                "keys are digested under a pepper this app does not have, so it cannot tell unknown keys: "
+                "add the store's primary pepper"
+            )
+
     def _usable(self, fetched: _Fetched) -> bool:
         """Tell whether a fetched answer is still fresh, by a clock read after every wait."""
         now = self._monotonic()
         return now < fetched.sent + self.max_staleness and now < fetched.entry.deadline
 
-    def _bind(self, description: Description) -> None:
-        """Hold our peppers against the store's record of them. Raises `ConfigurationError`."""
-        self._bound = True  # before: a change of peppers that arrives meanwhile unbinds again
-        try:
-            ring = self._given.bound_to(
-                description.installation, {record.id: record[1:] for record in description.peppers}
-            )
-        except ConfigurationError:
-            self._bound = False
-            raise
+    @property
+    def _bound(self) -> bool:
+        return self._bound_after == self._ring_changes
+
+    def _bind(self, description: Description, changes: int) -> None:
+        """Hold our peppers against the store's record of them. Raises `ConfigurationError`.
+
+        ``changes`` had been seen when the record was asked for: one that came since unbinds again.
+        """
+        ring = self._given.bound_to(
+            description.installation, {record.id: record[1:] for record in description.peppers}
+        )
         self._primary_missing = ring.primary_missing
         self._ring = ring
+        self._bound_after = changes
 
     def _unbind(self) -> None:
-        self._bound = False
+        self._ring_changes += 1
 
     def _ready(self) -> bool:
         """Tell whether our peppers were held against the store's, and the watcher runs."""
@@ -245,10 +256,19 @@ class _Engine(Generic[_F]):
         self._flights.clear()
 
     def _check_room(self) -> None:
-        if len(self._flights) >= self._max_flights:
+        if len(self._under_way) >= self._max_flights:
             raise StoreUnavailable(
                 "too many lookups are under way: the store is slower than the calls come in"
             )
+
+    def _take_off(self, name: object, flight: _F) -> None:
+        self._under_way.add(flight)
+        self._flights[name] = flight
+
+    def _land(self, name: object, flight: _F) -> None:
+        self._under_way.discard(flight)
+        if self._flights.get(name) is flight:
+            self._flights.pop(name, None)  # no del: a change may detach it in between
 
     def before_fork(self) -> None:
         """Hold the cache still."""
@@ -310,6 +330,7 @@ class Authenticator(_Engine["Future[_Fetched]"]):
             self._store, self._closed = open_store(self._url), False
         self.check()
         self._start_watching()
+        self.check()  # the first reading may have brought a change of peppers
 
     def check(self) -> None:
         """Check the peppers against the store, without starting a thread: may be called before a fork.
@@ -317,7 +338,8 @@ class Authenticator(_Engine["Future[_Fetched]"]):
         Raises as `start` does.
         """
         if not self._bound:
-            self._bind(self._store.describe())
+            changes = self._ring_changes
+            self._bind(self._store.describe(), changes)
 
     def authenticate(
         self,
@@ -342,28 +364,28 @@ class Authenticator(_Engine["Future[_Fetched]"]):
         claim = self._read(presented)
         try:
             for _ in range(2):  # an answer that grew old while we waited for it is fetched once more
-                fetched = self._fly(digest, claim)
+                fetched = self._fly(digest, claim, presented)
                 if self._usable(fetched):
                     return _let_in(fetched.entry, client, needs)
             raise StoreUnavailable("the store answers more slowly than max_staleness allows")
         except (StoreUnavailable, ConfigurationError) as error:
             raise _outage(error) from error
 
-    def _fly(self, digest: bytes, claim: Claim) -> _Fetched:
+    def _fly(self, digest: bytes, claim: Claim, presented: bytes) -> _Fetched:
         """Fetch, or wait for who is fetching the same key."""
         mine: Future[_Fetched] = Future()
         with self._starting:
             flight = self._flights.get(digest)
             if flight is None:
                 self._check_room()
-                self._flights[digest] = mine
+                self._take_off(digest, mine)
         if flight is not None:
             try:
                 return flight.result(self._timeout)
             except FutureTimeoutError:
                 raise StoreUnavailable("the store takes longer than the timeout") from None
         try:
-            fetched = self._fetch(digest, claim)
+            fetched = self._fetch(digest, claim, presented)
         except BaseException as error:
             # Those who wait are not to be ended by this thread's KeyboardInterrupt.
             mine.set_exception(
@@ -375,13 +397,13 @@ class Authenticator(_Engine["Future[_Fetched]"]):
             return fetched
         finally:
             with self._starting:
-                if self._flights.get(digest) is mine:
-                    del self._flights[digest]
+                self._land(digest, mine)
 
-    def _fetch(self, digest: bytes, claim: Claim) -> _Fetched:
-        if not self._ready():
-            self.start()
+    def _fetch(self, digest: bytes, claim: Claim, presented: bytes) -> _Fetched:
         for _ in range(_LOOKUPS):
+            if not self._ready():
+                self.start()
+                claim = self._read(presented)  # our peppers may be of another status now
             sent = self._monotonic()
             fetched = self._settle(digest, claim, self._store.lookup(claim), sent)
             if fetched is not None:
@@ -418,10 +440,15 @@ class AsyncAuthenticator(_Engine["asyncio.Task[_Fetched]"]):
         if self._closed and self._url is not None:
             self._async_store, self._closed = open_async_store(self._url), False
             self._store = self._async_store.sync
-        if not self._bound:
-            self._bind(await self._async_store.describe())
+        await self._check()
         if not self._ready():
             await asyncio.to_thread(self._start_watching)  # its first reading blocks
+        await self._check()
+
+    async def _check(self) -> None:
+        if not self._bound:
+            changes = self._ring_changes
+            self._bind(await self._async_store.describe(), changes)
 
     async def authenticate(
         self,
@@ -442,21 +469,21 @@ class AsyncAuthenticator(_Engine["asyncio.Task[_Fetched]"]):
         claim = self._read(presented)
         try:
             for _ in range(2):  # an answer that grew old while we waited for it is fetched once more
-                fetched = await self._fly(digest, claim)
+                fetched = await self._fly(digest, claim, presented)
                 if self._usable(fetched):
                     return _let_in(fetched.entry, client, needs)
             raise StoreUnavailable("the store answers more slowly than max_staleness allows")
         except (StoreUnavailable, ConfigurationError) as error:
             raise _outage(error) from error
 
-    async def _fly(self, digest: bytes, claim: Claim) -> _Fetched:
+    async def _fly(self, digest: bytes, claim: Claim, presented: bytes) -> _Fetched:
         """Wait for the task that fetches this key, which no caller's cancellation ends."""
         loop = asyncio.get_running_loop()
         flight = self._flights.get((loop, digest))
         if flight is None:
             self._check_room()
-            flight = loop.create_task(self._fetch(digest, claim))
-            self._flights[loop, digest] = flight
+            flight = loop.create_task(self._fetch(digest, claim, presented))
+            self._take_off((loop, digest), flight)
             flight.add_done_callback(lambda done: self._landed((loop, digest), done))
         try:
             return await asyncio.wait_for(asyncio.shield(flight), self._timeout)
@@ -464,15 +491,15 @@ class AsyncAuthenticator(_Engine["asyncio.Task[_Fetched]"]):
             raise StoreUnavailable("the store takes longer than the timeout") from None
 
     def _landed(self, name: object, flight: asyncio.Task[_Fetched]) -> None:
-        if self._flights.get(name) is flight:
-            del self._flights[name]
+        self._land(name, flight)
         if not flight.cancelled():
             flight.exception()  # looked at, so that a flight whose callers all left is not reported as lost
 
-    async def _fetch(self, digest: bytes, claim: Claim) -> _Fetched:
-        if not self._ready():
-            await self.start()
+    async def _fetch(self, digest: bytes, claim: Claim, presented: bytes) -> _Fetched:
         for _ in range(_LOOKUPS):
+            if not self._ready():
+                await self.start()
+                claim = self._read(presented)  # our peppers may be of another status now
             sent = self._monotonic()
             fetched = self._settle(digest, claim, await self._async_store.lookup(claim), sent)
             if fetched is not None:

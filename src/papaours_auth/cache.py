@@ -18,7 +18,6 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
-from .exceptions import Reason
 from .model import Identity, Record
 from .stores import Epoch, Reading
 from .verify import Standing
@@ -59,15 +58,12 @@ class Entry:
         self.standing = standing
         self.identity: Identity | None = standing.identity
         self.open = standing.identity is not None and standing.reason is None and not standing.networks
-        self.key_id = record.key.id if record is not None else None
-        self.machine_id = record.machine.id if record is not None else None
+        # A record found by another digest (a store that compares loosely) is not this key's.
+        known = record if standing.identity is not None else None
+        self.key_id = known.key.id if known is not None else None
+        self.machine_id = known.machine.id if known is not None else None
         self.deadline = deadline
         self.partitions = partitions
-
-    @property
-    def unknown(self) -> bool:
-        """Whether the store has no such key."""
-        return self.standing.reason is Reason.UNKNOWN_KEY
 
 
 class Cache:
@@ -148,7 +144,8 @@ class Cache:
                 if partition in known and epoch.seq < known[partition].seq:
                     return None, False
             kept = (
-                all(known.get(partition) == epoch for partition, epoch in epochs.items())
+                bool(epochs)  # of no partition: nothing would ever evict it
+                and all(known.get(partition) == epoch for partition, epoch in epochs.items())
                 and abs(wall - monotonic - self._offset) <= CLOCK_SHIFT
             )
             if kept:

@@ -11,9 +11,8 @@ Routes without it are open. To guard every path instead, add `PapaoursAuthMiddle
 the identity that the middleware found.
 """
 
-from __future__ import annotations
-
-from collections.abc import AsyncIterator
+# No `from __future__ import annotations`: FastAPI before 0.116 cannot read such on a dependency that is an object.
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Final
 
@@ -22,7 +21,7 @@ from fastapi.security import APIKeyHeader, HTTPBearer, SecurityScopes
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .asgi import Guard, PapaoursAuthMiddleware, identity_of, private
+from .asgi import Guard, Message, PapaoursAuthMiddleware, identity_of, private
 from .exceptions import Refused
 from .model import Identity
 from .starlette import refuse, require
@@ -30,11 +29,21 @@ from .starlette import refuse, require
 __all__ = ["PapaoursAuth", "PapaoursAuthMiddleware"]
 
 _WORDS: Final = "A Papaours API key, `pk_prod_…`. It is secret in spite of its `pk_`."
+
+
 # For the OpenAPI document alone: `Guard` reads the headers, so that all integrations answer alike.
-_BEARER: Final = HTTPBearer(scheme_name="PapaoursBearer", description=_WORDS, auto_error=False)
-_HEADER: Final = APIKeyHeader(
-    name="X-API-KEY", scheme_name="PapaoursApiKey", description=_WORDS, auto_error=False
-)
+class _Bearer(HTTPBearer):
+    async def __call__(self) -> None:  # type: ignore[override]  # FastAPI's own asks for a request, and WebSockets have none
+        return None
+
+
+class _Header(APIKeyHeader):
+    async def __call__(self) -> None:  # type: ignore[override]  # likewise
+        return None
+
+
+_BEARER: Final = _Bearer(scheme_name="PapaoursBearer", description=_WORDS)
+_HEADER: Final = _Header(name="X-API-KEY", scheme_name="PapaoursApiKey", description=_WORDS)
 
 
 class PapaoursAuth(Guard):
@@ -52,7 +61,8 @@ class PapaoursAuth(Guard):
     ) -> Identity | None:
         """Give who calls, if they have the rights named as scopes. Raises `Refused`."""
         scope = connection.scope
-        if "papaours" not in scope:  # else the middleware has looked already
+        # What the middleware found stands; but a path it left open may still need a key here.
+        if scope.get("papaours") is None and ("papaours" not in scope or self.gate.required):
             scope["papaours"] = await self.identify(scope)
         if scope["papaours"] is None and not self.gate.required and not scopes.scopes:
             return None
@@ -88,7 +98,7 @@ class _Private:
             return
         marked = private(send)
 
-        async def send_marked(message: Any) -> None:  # Any: ASGI messages
-            await (marked if identity_of(scope) is not None else send)(message)
+        def send_marked(message: Message) -> Awaitable[None]:
+            return (marked if identity_of(scope) is not None else send)(message)
 
         await self.app(scope, receive, send_marked)

@@ -17,7 +17,7 @@ from ipaddress import ip_network
 from typing import Final, Literal, NamedTuple
 
 from .exceptions import ConfigurationError, Reason, Refused
-from .model import Network, parse_address
+from .model import Address, Network, parse_address
 
 _REALM: Final = "papaours"
 RETRY_AFTER: Final = 5
@@ -161,12 +161,15 @@ def _render(reason: Reason, needs: tuple[str, ...], tongue: Language) -> Answer:
     return Answer(row.status, tuple(headers), body)
 
 
+_SCOPE: Final = re.compile(r"[!#-\[\]-~]+")
+
+
 def _challenge(error: str | None, needs: tuple[str, ...]) -> str:
     parts = [f'Bearer realm="{_REALM}"']
     if error is not None:
         parts.append(f'error="{error}"')
-    # RFC 6750 section 3 allows printable ASCII in scope: a right with an accent is left out, not mangled.
-    scope = " ".join(need for need in needs if need.isascii())
+    # What RFC 6750 section 3 does not allow in scope, a right with an accent say, is left out, not mangled.
+    scope = " ".join(need for need in needs if _SCOPE.fullmatch(need))
     if scope and error == "insufficient_scope":
         parts.append(f'scope="{scope}"')
     return ", ".join(parts)
@@ -178,7 +181,7 @@ def language(accept_language: str) -> Language:
     for item in accept_language[:200].split(","):
         tag, _, weight = item.partition(";")
         primary = tag.strip().lower().partition("-")[0]
-        match = re.fullmatch(r"\s*q=([01](?:\.\d{0,3})?)\s*", weight)
+        match = re.fullmatch(r"\s*[qQ]=([01](?:\.\d{0,3})?)\s*", weight)
         quality = float(match[1]) if match else 1.0
         best[primary] = max(best.get(primary, 0.0), quality)
     english = best.get("en", best.get("*", 0.0))
@@ -293,6 +296,15 @@ def _proxies(texts: Sequence[str]) -> _Proxies:
     return _Proxies(networks, _UNIX in texts)
 
 
+# Some proxies put the port behind the address, which needs brackets where it is an IPv6 one.
+_HOP: Final = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::\d{1,5})?|([0-9.]+):\d{1,5}|([0-9A-Fa-f:.]+)")
+
+
+def _hop(text: str) -> Address | None:
+    match = _HOP.fullmatch(text.strip(" \t"))
+    return parse_address(match[match.lastindex or 0]) if match else None
+
+
 class Gate:
     """What a middleware is set to: which requests need a key, and whose word on addresses counts.
 
@@ -358,7 +370,7 @@ class Gate:
             return peer or None
         address = peer
         for hop in reversed(forwarded_for.decode("latin-1").split(",")):
-            parsed = parse_address(hop.strip())
+            parsed = _hop(hop)
             if parsed is None:
                 return None
             address = str(parsed)

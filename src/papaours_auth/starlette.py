@@ -47,7 +47,7 @@ def require(connection: HTTPConnection, *rights: str, organisation: str | None =
     return caller
 
 
-def refuse(connection: HTTPConnection, refused: Exception) -> Response:
+async def refuse(connection: HTTPConnection, refused: Exception) -> Response:
     """Answer a `Refused` that an endpoint raised, as the middleware answers its own."""
     if not isinstance(refused, Refused):
         raise refused

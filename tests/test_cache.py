@@ -1,0 +1,316 @@
+"""The cache: what it believes, until when, and what makes it forget. No store, no thread, no sleep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+
+from papaours_auth import Identity, Key, Machine, Reason
+from papaours_auth.cache import CLOCK_SHIFT, Cache
+from papaours_auth.model import Record
+from papaours_auth.stores import Epoch, News, Reading
+from papaours_auth.verify import Standing
+
+if TYPE_CHECKING:
+    from conftest import ManualClock
+
+MAX_STALENESS = 2.0
+LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
+
+
+def epoch(seq: int, history: bytes = b"a") -> Epoch:
+    return Epoch(seq, history * 16)
+
+
+def record(key: str = "k", machine: str = "m", expires_at: datetime | None = None) -> Record:
+    return Record(
+        Key(key, machine, "A name", "prod", "", "last", "active", LONG_AGO, "us", expires_at=expires_at),
+        Machine(machine, "A machine", "org", "active", LONG_AGO, "us"),
+        digest=b"stored",
+    )
+
+
+def standing(found: Record | None) -> Standing:
+    if found is None:
+        return Standing(None, Reason.UNKNOWN_KEY)
+    return Standing(Identity.of(found.key, found.machine), None, (), found.key.expires_at)
+
+
+class Bench:
+    """A cache and its clock, with short words for what is done to it."""
+
+    def __init__(self, clock: ManualClock, **bounds: int) -> None:
+        self.clock = clock
+        self.cache = Cache(
+            clock=clock,
+            max_staleness=MAX_STALENESS,
+            lifetime=300.0,
+            **{"max_known": 100, "max_unknown": 100, **bounds},
+        )
+
+    def hear(
+        self,
+        tip: Epoch,
+        *changes: tuple[str, str],
+        partition: int = 0,
+        installation: str = "ours",
+        broken: bool = False,
+    ) -> None:
+        """Apply a reading sent now; ``broken``: our last tip was not in its log."""
+        news = News(tip, None if broken else changes)
+        self.cache.apply(Reading(installation, {partition: news}), sent=self.clock.mono)
+
+    def keep(
+        self, digest: bytes, found: Record | None, epochs: Mapping[int, Epoch] | None = None
+    ) -> tuple[bool, bool]:
+        """Fill in an answer. Tells whether it may be used, and whether it was kept."""
+        entry, kept = self.cache.fill(
+            digest,
+            standing(found),
+            found,
+            {0: epoch(1)} if epochs is None else epochs,
+            monotonic=self.clock.mono,
+            wall=self.clock.wall,
+        )
+        return entry is not None, kept
+
+    def believes(self, digest: bytes) -> bool:
+        return self.cache.recall(digest, self.clock.mono) is not None
+
+    @property
+    def size(self) -> int:
+        cache = self.cache
+        siblings = sum(len(digests) for digests in cache._by_machine.values())
+        return (
+            len(cache.entries) + len(cache.unknown) + len(cache._by_key) + len(cache._by_machine) + siblings
+        )
+
+
+@pytest.fixture
+def bench(clock: ManualClock) -> Bench:
+    bench = Bench(clock)
+    bench.hear(epoch(1), broken=True)
+    return bench
+
+
+# trust
+
+
+def test_nothing_is_believed_before_the_first_reading(clock: ManualClock) -> None:
+    bench = Bench(clock)
+    assert bench.keep(b"d", record()) == (True, False)
+    assert not bench.believes(b"d")
+
+
+def test_trust_counts_from_when_the_reading_was_sent_and_ends_exactly_at_max_staleness(bench: Bench) -> None:
+    bench.keep(b"d", record())
+    sent = bench.clock.mono
+    bench.clock.advance(0.5)  # the answer was half a second under way
+    bench.cache.apply(Reading("ours", {0: News(epoch(1), ())}), sent=sent)
+    bench.clock.mono = sent + MAX_STALENESS - 0.001
+    assert bench.believes(b"d")
+    bench.clock.mono = sent + MAX_STALENESS
+    assert not bench.believes(b"d")
+
+
+def test_only_a_reading_renews_trust(bench: Bench) -> None:
+    bench.keep(b"d", record())
+    for _ in range(4):
+        bench.clock.advance(MAX_STALENESS / 4)
+        bench.keep(b"d", record())
+        bench.cache.check_clock()
+    assert not bench.believes(b"d")
+    bench.hear(epoch(2), ("key.renamed", "another"))  # steady changes renew it as well as silence does
+    assert bench.believes(b"d")
+
+
+def test_an_entry_needs_its_keys_and_its_machines_partition_fresh_and_no_other(bench: Bench) -> None:
+    for partition in (1, 2, 3):
+        bench.hear(epoch(1), partition=partition, broken=True)
+    bench.keep(b"d", record(), {1: epoch(1), 2: epoch(1)})
+    bench.clock.advance(1.5)
+    bench.hear(epoch(1), partition=1)
+    assert bench.believes(b"d")
+    bench.clock.advance(0.5)
+    assert not bench.believes(b"d")  # partition 2 has not been heard of
+    bench.hear(epoch(1), partition=2)
+    assert bench.believes(b"d")  # although 0 and 3 have not
+
+
+# fills
+
+
+@pytest.mark.parametrize(
+    ("epochs", "outcome"),
+    [
+        pytest.param({0: epoch(5)}, (True, True), id="of the epoch applied: kept"),
+        pytest.param({0: epoch(4)}, (False, False), id="from before a change that was applied: asked again"),
+        pytest.param({0: epoch(6)}, (True, False), id="ahead of the watcher: used, not kept"),
+        pytest.param({0: epoch(5, b"b")}, (True, False), id="of another history: used, not kept"),
+        pytest.param(
+            {0: epoch(5), 1: epoch(1)}, (True, False), id="of a partition never read: used, not kept"
+        ),
+        pytest.param({}, (True, False), id="of no partition at all: nothing would evict it"),
+    ],
+)
+def test_pitfall_15_a_fill_is_kept_only_if_it_is_of_the_epoch_last_applied(
+    bench: Bench, epochs: Mapping[int, Epoch], outcome: tuple[bool, bool]
+) -> None:
+    bench.hear(epoch(5), *[("machine.created", "x")] * 4)
+    assert bench.keep(b"d", record(), epochs) == outcome
+    assert bench.believes(b"d") is outcome[1]
+
+
+# forgetting
+
+
+@pytest.mark.parametrize(
+    ("change", "left"),
+    [
+        (("key.disabled", "k1"), {b"k2", b"k3", b"nobody"}),
+        (("key.renamed", "k1"), {b"k2", b"k3", b"nobody"}),
+        (("machine.disabled", "m1"), {b"k3", b"nobody"}),
+        (("machine.deleted", "m1"), {b"k3", b"nobody"}),
+        (("key.created", "k9"), {b"k1", b"k2", b"k3"}),
+        (("key.imported", "k9"), {b"k1", b"k2", b"k3"}),
+        (("a.kind.of.tomorrow", "k3"), {b"k1", b"k2", b"nobody"}),
+    ],
+)
+def test_a_change_evicts_what_it_names_and_nothing_else(
+    bench: Bench, change: tuple[str, str], left: set[bytes]
+) -> None:
+    bench.keep(b"k1", record("k1", "m1"))
+    bench.keep(b"k2", record("k2", "m1"))
+    bench.keep(b"k3", record("k3", "m2"))
+    bench.keep(b"nobody", None)
+    bench.hear(epoch(2), change)
+    assert {digest for digest in (b"k1", b"k2", b"k3", b"nobody") if bench.believes(digest)} == left
+
+
+def test_a_log_without_our_last_tip_drops_everything(bench: Bench) -> None:
+    bench.keep(b"known", record())
+    bench.keep(b"nobody", None)
+    bench.hear(epoch(1, b"b"), broken=True)
+    assert bench.size == 0
+
+
+def test_another_installation_drops_everything_and_what_was_known_of_all_partitions(bench: Bench) -> None:
+    bench.hear(epoch(7), partition=1, broken=True)
+    bench.keep(b"d", record(), {0: epoch(1), 1: epoch(7)})
+    bench.hear(epoch(1), installation="theirs", broken=True)
+    assert bench.size == 0
+    assert bench.cache.epochs == {0: epoch(1)}
+
+
+def test_listeners_hear_of_changes_and_of_peppers_and_not_of_silence(bench: Bench) -> None:
+    heard: list[str] = []
+    bench.cache.on_change.append(lambda: heard.append("change"))
+    bench.cache.on_new_peppers.append(lambda: heard.append("peppers"))
+    bench.hear(epoch(1))
+    assert heard == []
+    bench.hear(epoch(2), ("key.disabled", "k"))
+    assert heard == ["change"]
+    bench.hear(epoch(3), ("pepper.primary", "p2"))
+    bench.hear(epoch(9), broken=True)
+    bench.hear(epoch(1), installation="theirs", broken=True)
+    assert heard == ["change", *["change", "peppers"] * 3]
+
+
+def test_a_child_believes_nothing_of_its_parents(bench: Bench) -> None:
+    bench.keep(b"d", record())
+    bench.cache.before_fork()
+    bench.cache.after_fork(child=True)
+    assert bench.size == 0
+    assert bench.cache.epochs == {}
+    bench.hear(epoch(1), broken=True)  # its lock is its own
+    assert bench.keep(b"d", record()) == (True, True)
+
+
+# bounds
+
+
+def test_pitfall_17_a_flood_of_unknown_keys_evicts_no_known_one_and_grows_no_memory(
+    clock: ManualClock,
+) -> None:
+    bench = Bench(clock, max_known=3, max_unknown=5)
+    bench.hear(epoch(1), broken=True)
+    for name in ("k1", "k2", "k3"):
+        bench.keep(name.encode(), record(name))
+    for number in range(1_000):
+        bench.keep(b"random-%d" % number, None)
+    assert all(bench.believes(name) for name in (b"k1", b"k2", b"k3"))
+    assert len(bench.cache.unknown) == 5
+    assert bench.believes(b"random-999")
+
+
+def test_known_keys_are_bounded_too_and_the_indexes_with_them(clock: ManualClock) -> None:
+    bench = Bench(clock, max_known=3)
+    bench.hear(epoch(1), broken=True)
+    for number in range(1_000):
+        bench.keep(b"%d" % number, record(f"k{number}", f"m{number // 2}"))
+    assert list(bench.cache.entries) == [b"997", b"998", b"999"]
+    assert bench.size == 3 + 3 + 2 + 3  # entries, by key, machines, by machine
+    bench.hear(epoch(2), ("machine.deleted", "m498"), ("key.disabled", "k998"), ("key.disabled", "k999"))
+    assert bench.size == 0
+
+
+def test_pitfall_9_a_record_found_by_a_loose_comparison_does_not_stand_in_for_its_key(bench: Bench) -> None:
+    """A collation that ignores case finds ``ABC`` for ``abc``: refused, and the real key is still evicted."""
+    found = record("k")
+    bench.keep(b"the real key", found)
+    loose = Standing(None, Reason.UNKNOWN_KEY)
+    bench.cache.fill(
+        b"its twin", loose, found, {0: epoch(1)}, monotonic=bench.clock.mono, wall=bench.clock.wall
+    )
+    assert list(bench.cache.unknown) == [b"its twin"]
+    bench.hear(epoch(2), ("key.disabled", "k"))
+    assert not bench.believes(b"the real key")
+
+
+# expiry and clocks
+
+
+def test_pitfall_16_an_entry_ends_with_its_key_to_the_instant(bench: Bench) -> None:
+    wall, mono = bench.clock.wall, bench.clock.mono
+    bench.keep(b"d", record(expires_at=datetime.fromtimestamp(wall + 1.5, UTC)))
+    bench.clock.mono = mono + 1.499
+    assert bench.believes(b"d")
+    bench.clock.mono = mono + 1.5
+    assert not bench.believes(b"d")
+
+
+def test_an_entry_ends_with_its_lifetime_whatever_the_epoch_says(bench: Bench) -> None:
+    bench.keep(b"d", record(expires_at=datetime.fromtimestamp(bench.clock.wall, UTC) + timedelta(days=90)))
+    bench.keep(b"nobody", None)
+    bench.clock.advance(299.9)
+    bench.hear(epoch(1))
+    assert bench.believes(b"d")
+    assert bench.believes(b"nobody")
+    bench.clock.advance(0.1)
+    assert not bench.believes(b"d")
+    assert not bench.believes(b"nobody")
+
+
+@pytest.mark.parametrize("jump", [-3600.0, -CLOCK_SHIFT * 1.1, CLOCK_SHIFT * 1.1, 3600.0])
+def test_pitfall_16_a_wall_clock_that_jumps_drops_everything_once(bench: Bench, jump: float) -> None:
+    bench.keep(b"d", record())
+    heard: list[str] = []
+    bench.cache.on_change.append(lambda: heard.append("change"))
+    bench.clock.wall += jump
+    assert bench.keep(b"d", record()) == (True, False)  # the watcher has not looked yet
+    bench.cache.check_clock()
+    assert not bench.believes(b"d")
+    assert bench.keep(b"d", record()) == (True, True)
+    bench.cache.check_clock()
+    assert bench.believes(b"d")
+    assert heard == ["change"]
+
+
+def test_a_wall_clock_that_is_slewed_a_little_drops_nothing(bench: Bench) -> None:
+    bench.keep(b"d", record())
+    bench.clock.wall += CLOCK_SHIFT * 0.9
+    bench.cache.check_clock()
+    assert bench.believes(b"d")

@@ -1,0 +1,265 @@
+"""Administration: what may be done, what may not, and what the journal says of it."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from papaours_auth import (
+    AsyncKeys,
+    ConfigurationError,
+    Conflict,
+    Grant,
+    InvalidInput,
+    Keys,
+    NotFound,
+    PepperRing,
+    Secret,
+    SystemMachineProtected,
+    parse_peppers,
+)
+from papaours_auth.digest import new_pepper
+from papaours_auth.stores import Store
+
+SEED = "pk_prod_abc123def456ghi789"
+HOME = "cfa-lyon"
+
+
+@pytest.fixture
+def machine(keys: Keys) -> str:
+    return keys.create_machine("Service de facturation", organisation=HOME).id
+
+
+def test_a_machine_and_its_keys_go_by_id_or_exact_name(keys: Keys, machine: str) -> None:
+    key = keys.create_key("Service de facturation", name="Production - A", environment="prod").key
+    assert keys.machine(machine) == keys.machine("Service de facturation")
+    assert keys.key(key.id) == keys.key("Production - A") == key
+    assert keys.keys("Service de facturation") == [key]
+    for missing in ("Service", "", "machine_0"):
+        with pytest.raises(NotFound, match="no machine with this id or exact name"):
+            keys.machine(missing)
+
+
+def test_a_name_that_fits_several_is_asked_back_with_their_ids(keys: Keys, machine: str) -> None:
+    made = [keys.create_key(machine, name="Production", environment="prod").key.id for _ in range(2)]
+    with pytest.raises(Conflict, match="2 keys have this name") as error:
+        keys.disable_key("Production")
+    assert all(id_ in str(error.value) for id_ in made)
+    assert {key.status for key in keys.keys()} == {"active"}
+    assert keys.disable_key(made[0]).status == "inactive"
+
+
+def test_disabling_keeps_the_key_in_the_list_and_enabling_restores_it(keys: Keys, machine: str) -> None:
+    key = keys.create_key(machine, name="Production - A", environment="prod").key
+    assert keys.disable_key(key.id).status == "inactive"
+    assert [listed.status for listed in keys.keys()] == ["inactive"]
+    assert keys.enable_key(key.id) == key
+    assert keys.disable_machine(machine).status == "inactive"
+    assert keys.enable_machine(machine).status == "active"
+    assert keys.rename_key(key.id, "Production - B").name == "Production - B"
+
+
+def test_the_journal_names_who_did_what(store: Store, ring: PepperRing) -> None:
+    keys = Keys(store, peppers=ring, actor="alice@papaours.example")
+    machine = keys.create_machine("Service", organisation=HOME)
+    key = keys.create_key(machine.id, name="Production - A", environment="prod").key
+    keys.disable_key(key.id)
+    keys.disable_key(key.id)  # again: no change, no entry
+    changes = keys.journal(key.id)
+    assert [(change.kind, change.actor) for change in changes] == [
+        ("key.disabled", "alice@papaours.example"),
+        ("key.created", "alice@papaours.example"),
+    ]
+    assert (changes[0].before, changes[0].after) == ('{"status": "active"}', '{"status": "inactive"}')
+
+
+def test_the_seeds_key_is_imported_with_its_digest(
+    keys: Keys, machine: str, ring: PepperRing, store: Store
+) -> None:
+    key = keys.import_key(machine, SEED, name="Production - Document 05")
+    assert (key.environment, key.usage, key.last4) == ("prod", "", "i789")
+    assert keys.printable(key) == "pk_prod_…i789"
+    with pytest.raises(Conflict, match="already has this key"):
+        keys.import_key(machine, Secret(SEED), name="Encore")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "this is no key"),
+        ("pk_prod_short", "this is no key"),
+        ("sk_live_abc123def456ghi789", "this is no key"),
+        ("pk_prod_" + "a" * 36, "this is no key"),
+        (SEED + "\ud800", "this is no key"),
+    ],
+)
+def test_what_is_no_key_is_not_imported(keys: Keys, machine: str, text: str, said: str) -> None:
+    with pytest.raises(InvalidInput, match=said) as error:
+        keys.import_key(machine, text, name="Production")
+    assert not text or text not in str(error.value)
+    assert keys.keys() == []
+
+
+def test_amendment_12_a_key_of_our_own_format_is_never_imported(keys: Keys, machine: str) -> None:
+    made = keys.create_key(machine, name="Production", environment="prod").secret
+    with pytest.raises(InvalidInput, match="only Papaours mints those"):
+        keys.import_key(machine, made, name="Production v2")
+
+
+LABELS = {
+    "": "empty",
+    " \t": "empty",
+    "x" * 201: "longer than 200",
+    "a\nb": "cannot be shown",
+    "a\x1b[31mb": "cannot be shown",
+    f"Production {SEED}": "contains a key",
+}
+
+
+@pytest.mark.parametrize(("label", "said"), LABELS.items())
+def test_a_label_that_people_could_not_read_is_refused(
+    keys: Keys, machine: str, label: str, said: str
+) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: keys.create_machine(label, organisation=HOME),
+        lambda: keys.create_machine("m", organisation=label),
+        lambda: keys.create_key(machine, name=label, environment="prod"),
+        lambda: keys.import_key(machine, SEED, name=label),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidInput, match=said):
+            call()
+    assert len(keys.machines()) == 1
+    assert keys.keys() == []
+
+
+def test_rights_are_shorthand_for_grants(keys: Keys) -> None:
+    machine = keys.create_machine(
+        "Portail",
+        organisation=HOME,
+        rights=["contrats:lecture", "contrats:ecriture@a,b", "x:archivage@*"],
+        grants=[Grant("y", "lecture", (), ("z",))],
+    )
+    assert machine.grants == (
+        Grant("contrats", "lecture", (HOME,), (HOME,)),
+        Grant("contrats", "écriture", ("a", "b"), (HOME, "a", "b")),
+        Grant("x", "archivage", ("*",), ("*",)),
+        Grant("y", "lecture", (), ("z",)),
+    )
+    for wrong in ("contrats", "contrats:danser", "contrats:lecture@", "contrats:lecture@,"):
+        with pytest.raises(InvalidInput):
+            keys.create_machine("Faux", organisation=HOME, rights=[wrong])
+
+
+WRONG_EXPIRIES: dict[str, Any] = {
+    "no time zone": datetime(2090, 1, 1),  # noqa: DTZ001 - that is the point
+    "lies in the past": datetime(2001, 1, 1, tzinfo=UTC),
+    "further away": timedelta(days=99_999_999),
+    "the past": timedelta(seconds=-1),
+}
+
+
+@pytest.mark.parametrize(("said", "expires"), WRONG_EXPIRIES.items())
+def test_pitfall_16_an_expiry_that_names_no_future_moment_is_refused(
+    keys: Keys, machine: str, said: str, expires: Any
+) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        keys.create_key(machine, name="Production", environment="prod", expires=expires)
+    assert keys.keys() == []
+
+
+def test_networks_are_addresses_or_blocks(keys: Keys, machine: str) -> None:
+    key = keys.create_key(
+        machine, name="Production", environment="prod", networks=["192.0.2.7", " 2001:db8::/32 "]
+    ).key
+    assert [str(network) for network in key.networks] == ["192.0.2.7/32", "2001:db8::/32"]
+    for wrong in ("", "localhost", "192.0.2.7/24", "192.0.2.0/33"):
+        with pytest.raises(InvalidInput, match="a network is"):
+            keys.create_key(machine, name="Production", environment="prod", networks=[wrong])
+
+
+def test_pitfall_25_system_machines_refuse_every_change(keys: Keys, store: Store) -> None:
+    system = keys.create_machine("Papaours", organisation=HOME, system=True)
+    usual = keys.create_machine("Service", organisation=HOME)
+    key = keys.create_key(usual.id, name="Production", environment="prod").key
+    calls: dict[str, Callable[[], object]] = {
+        "create_key": lambda: keys.create_key(system.id, name="Production", environment="prod"),
+        "import_key": lambda: keys.import_key(system.id, SEED, name="Production"),
+        "disable_machine": lambda: keys.disable_machine(system.id),
+        "enable_machine": lambda: keys.enable_machine(system.id),
+    }
+    before = store.journal(), store.machines(), store.keys()
+    for call in calls.values():
+        with pytest.raises(SystemMachineProtected):
+            call()
+    assert (store.journal(), store.machines(), store.keys()) == before
+    # Its keys are as protected as itself: make the usual one's machine look like the system's.
+    protected = Keys(_Pretending(store), actor="mallory")
+    of_keys = {
+        "disable_key": lambda: protected.disable_key(key.id),
+        "enable_key": lambda: protected.enable_key(key.id),
+        "rename_key": lambda: protected.rename_key(key.id, "x"),
+    }
+    for call in of_keys.values():
+        with pytest.raises(SystemMachineProtected):
+            call()
+    reading = {"machine", "machines", "key", "keys", "journal", "printable", "close", "create_machine"}
+    public = {name for name, _ in inspect.getmembers(Keys, inspect.isfunction) if not name.startswith("_")}
+    assert public == reading | calls.keys() | of_keys.keys(), (
+        "a new method: say here what it does to a system machine"
+    )
+
+
+class _Pretending:
+    """A store all of whose machines are Papaours' own."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def machines(self, id_or_name: str | None = None) -> list[Any]:
+        from dataclasses import replace
+
+        return [replace(machine, system=True) for machine in self._store.machines(id_or_name)]
+
+
+def test_amendment_14_administration_with_a_wrong_pepper_stops_before_it_does_harm(
+    keys: Keys, store: Store
+) -> None:
+    with pytest.raises(ConfigurationError, match="not the one this store was made with"):
+        Keys(store, peppers=parse_peppers(new_pepper()))
+
+
+def test_whoever_must_disable_a_key_at_night_needs_no_pepper(
+    keys: Keys, machine: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = keys.create_key(machine, name="Production", environment="prod").key
+    monkeypatch.delenv("PAPAOURS_PEPPER", raising=False)
+    monkeypatch.delenv("PAPAOURS_PEPPER_FILE", raising=False)
+    at_night = Keys(store, actor="on call")
+    assert at_night.disable_key(key.id).status == "inactive"
+    with pytest.raises(ConfigurationError, match="no pepper"):
+        at_night.create_key(machine, name="Production v2", environment="prod")
+
+
+def test_the_async_twin_has_every_method_and_they_do_the_same(keys: Keys, machine: str) -> None:
+    names = {name for name, _ in inspect.getmembers(Keys, inspect.isfunction) if not name.startswith("_")}
+    assert {name for name in names if not hasattr(AsyncKeys, name)} == {"close", "printable"}
+
+    async def live() -> None:
+        twin = AsyncKeys(keys)
+        new = await twin.create_key(machine, name="Production", environment="prod")
+        assert await twin.key(new.key.id) == new.key
+        assert (await twin.disable_key(new.key.id)).status == "inactive"
+        assert await twin.keys() == keys.keys()
+        with pytest.raises(NotFound):
+            await twin.key("nothing")
+
+    asyncio.run(live())
