@@ -139,7 +139,9 @@ def test_both_authenticators_answer_alike_from_the_store_and_from_the_cache(
     assert spy.lookups == case.reads
 
 
-def test_what_one_request_needs_is_asked_anew_of_the_next(door: Door, admin: Keys, machine: Machine) -> None:
+def test_amendment_05_what_one_request_needs_is_asked_anew_of_the_next(
+    door: Door, admin: Keys, machine: Machine
+) -> None:
     key = minted(networks=["192.0.2.0/24"])(admin, machine)
     door.refresh()
     assert isinstance(door.knock(key, client="192.0.2.1"), Identity)
@@ -505,7 +507,7 @@ def test_one_async_authenticator_serves_event_loops_in_several_threads(
         pytest.param([2.0, 2.0], False, 2, id="too old twice: an outage"),
     ],
 )
-def test_a_fetched_answer_is_used_only_while_it_is_younger_than_max_staleness(
+def test_amendment_02_a_fetched_answer_is_used_only_while_it_is_younger_than_max_staleness(
     door: Door, spy: Spy, clock: ManualClock, seed: str, delays: list[float], comes_in: bool, reads: int
 ) -> None:
     def slowly(ask: Callable[[], Found]) -> Found:

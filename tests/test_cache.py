@@ -105,7 +105,9 @@ def test_nothing_is_believed_before_the_first_reading(clock: ManualClock) -> Non
     assert not bench.believes(b"d")
 
 
-def test_trust_counts_from_when_the_reading_was_sent_and_ends_exactly_at_max_staleness(bench: Bench) -> None:
+def test_amendment_01_trust_counts_from_when_the_reading_was_sent_and_ends_exactly_at_max_staleness(
+    bench: Bench,
+) -> None:
     bench.keep(b"d", record())
     sent = bench.clock.mono
     bench.clock.advance(0.5)  # the answer was half a second under way
@@ -116,7 +118,7 @@ def test_trust_counts_from_when_the_reading_was_sent_and_ends_exactly_at_max_sta
     assert not bench.believes(b"d")
 
 
-def test_only_a_reading_renews_trust(bench: Bench) -> None:
+def test_amendment_01_only_a_reading_renews_trust(bench: Bench) -> None:
     bench.keep(b"d", record())
     for _ in range(4):
         bench.clock.advance(MAX_STALENESS / 4)
@@ -127,7 +129,9 @@ def test_only_a_reading_renews_trust(bench: Bench) -> None:
     assert bench.believes(b"d")
 
 
-def test_an_entry_needs_its_keys_and_its_machines_partition_fresh_and_no_other(bench: Bench) -> None:
+def test_amendment_01_an_entry_needs_its_keys_and_its_machines_partition_fresh_and_no_other(
+    bench: Bench,
+) -> None:
     for partition in (1, 2, 3):
         bench.hear(epoch(1), partition=partition, broken=True)
     bench.keep(b"d", record(), {1: epoch(1), 2: epoch(1)})
@@ -156,7 +160,7 @@ def test_an_entry_needs_its_keys_and_its_machines_partition_fresh_and_no_other(b
         pytest.param({}, (True, False), id="of no partition at all: nothing would evict it"),
     ],
 )
-def test_pitfall_15_a_fill_is_kept_only_if_it_is_of_the_epoch_last_applied(
+def test_pitfall_15_amendment_03_a_fill_is_kept_only_if_it_is_of_the_epoch_last_applied(
     bench: Bench, epochs: Mapping[int, Epoch], outcome: tuple[bool, bool]
 ) -> None:
     bench.hear(epoch(5), *[("machine.created", "x")] * 4)
@@ -179,7 +183,7 @@ def test_pitfall_15_a_fill_is_kept_only_if_it_is_of_the_epoch_last_applied(
         (("a.kind.of.tomorrow", "k3"), {b"k1", b"k2", b"nobody"}),
     ],
 )
-def test_a_change_evicts_what_it_names_and_nothing_else(
+def test_amendment_05_a_change_evicts_what_it_names_and_nothing_else(
     bench: Bench, change: tuple[str, str], left: set[bytes]
 ) -> None:
     bench.keep(b"k1", record("k1", "m1"))
@@ -190,7 +194,7 @@ def test_a_change_evicts_what_it_names_and_nothing_else(
     assert {digest for digest in (b"k1", b"k2", b"k3", b"nobody") if bench.believes(digest)} == left
 
 
-def test_a_log_without_our_last_tip_drops_everything(bench: Bench) -> None:
+def test_amendment_04_a_log_without_our_last_tip_drops_everything(bench: Bench) -> None:
     bench.keep(b"known", record())
     bench.keep(b"nobody", None)
     bench.hear(epoch(1, b"b"), broken=True)
@@ -219,7 +223,7 @@ def test_listeners_hear_of_changes_and_of_peppers_and_not_of_silence(bench: Benc
     assert heard == ["change", *["change", "peppers"] * 3]
 
 
-def test_a_child_believes_nothing_of_its_parents(bench: Bench) -> None:
+def test_amendment_07_a_child_believes_nothing_of_its_parents(bench: Bench) -> None:
     bench.keep(b"d", record())
     bench.cache.before_fork()
     bench.cache.after_fork(child=True)
@@ -273,7 +277,7 @@ def test_pitfall_9_a_record_found_by_a_loose_comparison_does_not_stand_in_for_it
 # expiry and clocks
 
 
-def test_pitfall_16_an_entry_ends_with_its_key_to_the_instant(bench: Bench) -> None:
+def test_pitfall_16_amendment_06_an_entry_ends_with_its_key_to_the_instant(bench: Bench) -> None:
     wall, mono = bench.clock.wall, bench.clock.mono
     bench.keep(b"d", record(expires_at=datetime.fromtimestamp(wall + 1.5, UTC)))
     bench.clock.mono = mono + 1.499
@@ -295,7 +299,9 @@ def test_an_entry_ends_with_its_lifetime_whatever_the_epoch_says(bench: Bench) -
 
 
 @pytest.mark.parametrize("jump", [-3600.0, -CLOCK_SHIFT * 1.1, CLOCK_SHIFT * 1.1, 3600.0])
-def test_pitfall_16_a_wall_clock_that_jumps_drops_everything_once(bench: Bench, jump: float) -> None:
+def test_pitfall_16_amendment_06_a_wall_clock_that_jumps_drops_everything_once(
+    bench: Bench, jump: float
+) -> None:
     bench.keep(b"d", record())
     heard: list[str] = []
     bench.cache.on_change.append(lambda: heard.append("change"))

@@ -154,6 +154,17 @@ def test_a_key_goes_through_its_life(shell: Shell) -> None:
     assert kinds == ["key.renamed", "key.enabled", "key.disabled", "key.created"]
 
 
+def test_a_key_is_rotated_and_the_old_one_works_on(shell: Shell) -> None:
+    old = create(shell, "--quiet", name="Production - A").out
+    rotated = shell("key", "rotate", "Production - A", "--json")
+    assert rotated.code == 0
+    assert rotated.json["name"] == "Production - A v2"
+    assert "The old key still works: papaours-auth key disable key_" in rotated.err
+    for key in (old, rotated.json["key"]):
+        assert shell("key", "verify", stdin=key).code == 0
+    assert shell("key", "rotate", "nobody").code == 1
+
+
 def test_the_seeds_key_is_imported_and_verified(shell: Shell) -> None:
     done = shell("key", "import", "--machine", MACHINE, "--name", NAME, stdin=SEED)
     assert done.code == 0

@@ -32,7 +32,7 @@ def ring(*ids: str, **statuses: PepperStatus) -> PepperRing:
         f"# made in 2026\np1:{VALUE}\n\n# the next\np2:{OTHER}\n",
     ],
 )
-def test_peppers_are_read_from_one_line_or_several(text: str) -> None:
+def test_amendment_15_peppers_are_read_from_one_line_or_several(text: str) -> None:
     assert [pepper.id for pepper in parse_peppers(text).peppers] == ["p1", "p2"][: text.count(":")]
 
 
@@ -109,7 +109,7 @@ def test_the_first_pepper_is_primary_until_a_store_says_otherwise() -> None:
     assert ring("a", "b", b="primary").status(ring("a", "b").peppers[0]) == "accept"
 
 
-def test_a_retired_pepper_digests_nothing_and_still_knows_its_own_tags() -> None:
+def test_amendment_13_a_retired_pepper_digests_nothing_and_still_knows_its_own_tags() -> None:
     retired = ring("a", "b", a="retired", b="primary")
     assert [candidate.pepper_id for candidate in retired.candidates(b"x")] == ["b"]
     first, second = retired.peppers

@@ -130,7 +130,7 @@ def test_only_an_issuer_can_make_a_tag(key: str) -> None:
 
 
 @pytest.mark.parametrize("value", [2**32, 62**6 - 1])
-def test_a_tag_or_checksum_past_32_bits_is_malformed(value: int) -> None:
+def test_amendment_12_a_tag_or_checksum_past_32_bits_is_malformed(value: int) -> None:
     tagged = "pk_prod_" + "a" * 24
     checked = tagged + base62(value, 6)
     assert FORMAT.read((checked + base62(zlib.crc32(checked.encode()), 6)).encode()) is None

@@ -6,7 +6,7 @@ import asyncio
 import inspect
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -25,6 +25,9 @@ from papaours_auth import (
 )
 from papaours_auth.digest import new_pepper
 from papaours_auth.stores import Store
+
+if TYPE_CHECKING:
+    from conftest import ManualClock
 
 SEED = "pk_prod_abc123def456ghi789"
 HOME = "cfa-lyon"
@@ -183,6 +186,39 @@ def test_networks_are_addresses_or_blocks(keys: Keys, machine: str) -> None:
             keys.create_key(machine, name="Production", environment="prod", networks=[wrong])
 
 
+def test_a_rotated_key_has_a_successor_like_itself_and_lives_on(admin: Keys, clock: ManualClock) -> None:
+    owner = admin.create_machine("Service de facturation", organisation=HOME)
+    old = admin.create_key(
+        owner.id, name="Production - Export", environment="prod", usage="export", networks=["192.0.2.0/24"]
+    ).key
+    clock.advance(3600)
+    new = admin.rotate_key(old.id)
+    assert new.key.replaces == old.id
+    assert new.key.name == "Production - Export v2"
+    assert new.key.expires_at is None
+    for same in ("machine_id", "environment", "usage", "networks", "status"):
+        assert getattr(new.key, same) == getattr(old, same)
+    assert new.secret.reveal().startswith("pk_prod_export_")
+    assert admin.key(old.id) == old
+    assert admin.rotate_key(new.key.id).key.name == "Production - Export v3"
+    assert admin.rotate_key(old.id, name="Production - Autre").key.name == "Production - Autre"
+
+
+def test_pitfall_20_rotation_does_not_extend_the_old_keys_life(admin: Keys, clock: ManualClock) -> None:
+    owner = admin.create_machine("Service de facturation", organisation=HOME)
+    old = admin.create_key(
+        owner.id, name="Production - A", environment="prod", expires=timedelta(days=90)
+    ).key
+    clock.advance(86_400)
+    new = admin.rotate_key(old.id).key
+    assert admin.key(old.id).expires_at == old.expires_at
+    assert new.expires_at is not None
+    assert new.expires_at - new.created_at == timedelta(days=90)
+    assert admin.rotate_key(old.id, expires=timedelta(days=1)).key.expires_at == new.created_at + timedelta(
+        days=1
+    )
+
+
 def test_pitfall_25_system_machines_refuse_every_change(keys: Keys, store: Store) -> None:
     system = keys.create_machine("Papaours", organisation=HOME, system=True)
     usual = keys.create_machine("Service", organisation=HOME)
@@ -204,6 +240,7 @@ def test_pitfall_25_system_machines_refuse_every_change(keys: Keys, store: Store
         "disable_key": lambda: protected.disable_key(key.id),
         "enable_key": lambda: protected.enable_key(key.id),
         "rename_key": lambda: protected.rename_key(key.id, "x"),
+        "rotate_key": lambda: protected.rotate_key(key.id),
     }
     for call in of_keys.values():
         with pytest.raises(SystemMachineProtected):

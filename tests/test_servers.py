@@ -166,3 +166,20 @@ def test_a_server_does_not_start_on_a_wrong_pepper(name: str, estate: Estate, tm
         serving(name, environ, tmp_path),
     ):
         pass
+
+
+UNDERSCORES = {
+    "uvicorn": "kept apart", "granian": "kept apart", "hypercorn": "kept apart", "gunicorn": "dropped",
+    "gunicorn-preload": "dropped", "waitress": "dropped", "granian-wsgi": "taken for it",
+}  # fmt: skip
+
+
+def test_pitfall_05_what_each_server_makes_of_a_header_with_underscores(
+    server: Server, request: pytest.FixtureRequest
+) -> None:
+    """CVE-2015-0219: docs/servers.md says the same."""
+    name = request.node.callspec.params["server"]
+    status, body = server.get({"X_API_Key": SEED})
+    expected = (200, b"") if UNDERSCORES[name] == "taken for it" else (401, b"missing_key")
+    assert status == expected[0], body
+    assert expected[1] in body

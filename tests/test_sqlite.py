@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sqlite3
@@ -46,10 +47,9 @@ def claim(keys: Keys, ring: PepperRing) -> Claim:
 
 
 def edit(path: Path, statement: str) -> None:
-    connection = sqlite3.connect(path)
-    connection.execute(statement)
-    connection.commit()
-    connection.close()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute(statement)
+        connection.commit()
 
 
 def put_in_place(other: Path, path: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_lookup_is_one_statement_on_a_connection_that_cannot_write(
         connection.execute("update keys set status = 'active'")
 
 
-def test_changes_survive_a_power_cut_as_far_as_sqlite_can_tell(store: SQLiteStore) -> None:
+def test_amendment_08_changes_survive_a_power_cut_as_far_as_sqlite_can_tell(store: SQLiteStore) -> None:
     connection = store._writers.take()
     assert connection.execute("pragma synchronous").fetchone() == (2,)  # FULL
     assert connection.execute("pragma journal_mode").fetchone() == ("wal",)
@@ -231,7 +231,9 @@ def test_a_file_that_is_away_is_an_outage_and_comes_back(store: Store, claim: Cl
     feed.close()
 
 
-def test_another_file_in_its_place_is_noticed_at_once(store: Store, claim: Claim, path: Path) -> None:
+def test_amendment_08_another_file_in_its_place_is_noticed_at_once(
+    store: Store, claim: Claim, path: Path
+) -> None:
     feed = store.feed()
     known = {0: feed.read({}).news[0].epoch}
     other = path.with_name("other.db")

@@ -300,7 +300,7 @@ def test_a_watcher_too_far_behind_drops_everything_instead_of_reading_it_all(
     assert (last.seq, changes) == (third.seq + 1, None)
 
 
-def test_the_polling_never_opens_the_file_again(
+def test_amendment_08_the_polling_never_opens_the_file_again(
     file_feed: Feed, on_disk: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Closing any descriptor of a file drops the process's POSIX locks on it, SQLite's among them."""

@@ -32,7 +32,7 @@ from .digest import (
 from .exceptions import AdministrationError, ConfigurationError, InvalidInput, Refused, StoreUnavailable
 from .format import KeyFormat, Secret
 from .http import render
-from .keys import Keys
+from .keys import Keys, NewKey
 from .model import Key, Machine
 from .names import unclear
 from .stores import open_store
@@ -253,6 +253,21 @@ def _key_create(options: argparse.Namespace) -> int:
             networks=options.network,
         )
         fields = _key_fields(keys)(new.key)
+    _show_new(new, fields, options)
+    return FINE
+
+
+def _key_rotate(options: argparse.Namespace) -> int:
+    with _keys(options) as keys:
+        old = keys.key(options.key)
+        new = keys.rotate_key(old.id, name=options.name, expires=_expiry(options.expires))
+        fields = _key_fields(keys)(new.key)
+    _show_new(new, fields, options)
+    _say(f"The old key still works: papaours-auth key disable {old.id}, once nothing uses it.")
+    return FINE
+
+
+def _show_new(new: NewKey, fields: dict[str, str], options: argparse.Namespace) -> None:
     _warn_unclear(new.key)
     if options.quiet:
         _out(new.secret.reveal())
@@ -262,7 +277,6 @@ def _key_create(options: argparse.Namespace) -> int:
         _table([fields])
         _say("\nThe key, shown this once. It is secret in spite of its pk_: keep it in a vault.")
         _out(new.secret.reveal())
-    return FINE
 
 
 def _key_import(options: argparse.Namespace) -> int:
@@ -485,6 +499,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--name", required=True, help="its label: environment, system, version")
     command.add_argument("--env", required=True, metavar="ENV", help="prod, test, dev or staging")
     command.add_argument("--usage", default="", help="a word of the key's text, as in pk_prod_export_…")
+    command.add_argument("--quiet", action="store_true", help="print the key alone")
+    command = _command(keys, "rotate", _key_rotate, [listed], "create a key's successor and show it, once")
+    command.add_argument("key", metavar="KEY", help="its id or exact name; it stays until it is disabled")
+    command.add_argument("--name", help="default: the same with the next version")
+    command.add_argument("--expires", metavar="WHEN", help="default: after as long as the old one's life")
     command.add_argument("--quiet", action="store_true", help="print the key alone")
     command = _command(keys, "import", _key_import, [listed, limits], "take in a key from standard input")
     command.add_argument("--machine", required=True, metavar="M", help="its id or exact name")

@@ -1,16 +1,17 @@
 """Keys and AsyncKeys: the administration of machines and keys. Never on the request path.
 
 Every change is journalled with its author. Nothing here is reachable with an API key: no HTTP is served.
-Rotation, update and deletion come in beside `Keys.disable_key`, each a rule here and a column in the store.
+Update and deletion come in beside `Keys.disable_key`, each a rule here and a column in the store.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import update_wrapper
 from ipaddress import ip_network
@@ -161,6 +162,27 @@ class Keys:
         owner = _not_system(self.machine(machine))
         secret = self._format.mint(environment, usage=usage, tag=self._ring.primary.tag)
         key = self._key(owner, secret, name, environment, usage, expires, networks)
+        self._add(key, secret, "key.created")
+        return NewKey(key, secret)
+
+    def rotate_key(
+        self, id_or_name: str, *, name: str | None = None, expires: datetime | timedelta | None = None
+    ) -> NewKey:
+        """Mint the key that is to replace another one: same machine, environment, usage and networks.
+
+        The old key stays as it is, its own expiry included, until it is disabled once nothing uses it
+        (document 05, "Renouvellement"). The new one is named ``name``, else as the old one with the next version
+        (``v2``…), and expires at ``expires``, else after as long as the old one was made for.
+        """
+        old = self._changeable(id_or_name)
+        owner = self.machine(old.machine_id)
+        if expires is None and old.expires_at is not None:
+            expires = old.expires_at - old.created_at
+        secret = self._format.mint(old.environment, usage=old.usage, tag=self._ring.primary.tag)
+        key = self._key(
+            owner, secret, name or _next_version(old.name), old.environment, old.usage, expires, ()
+        )
+        key = replace(key, replaces=old.id, networks=old.networks)
         self._add(key, secret, "key.created")
         return NewKey(key, secret)
 
@@ -315,6 +337,14 @@ def _label(argument: str, text: str, format: KeyFormat, *, empty: bool = False) 
     return text
 
 
+_VERSION: Final = re.compile(r"(?P<rest>.* )v(?P<number>\d{1,6})")
+
+
+def _next_version(name: str) -> str:
+    match = _VERSION.fullmatch(name)
+    return f"{match['rest']}v{int(match['number']) + 1}" if match else f"{name} v2"
+
+
 def _granted(text: str, home: str) -> Grant:
     wanted, at, named = text.partition("@")
     permission, _, operation = parse_right(wanted).partition(":")
@@ -383,6 +413,7 @@ class AsyncKeys:
     disable_machine = _in_thread(Keys.disable_machine)
     enable_machine = _in_thread(Keys.enable_machine)
     create_key = _in_thread(Keys.create_key)
+    rotate_key = _in_thread(Keys.rotate_key)
     import_key = _in_thread(Keys.import_key)
     keys = _in_thread(Keys.keys)
     key = _in_thread(Keys.key)

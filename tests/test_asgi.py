@@ -1,0 +1,246 @@
+"""The ASGI middleware beyond the conformance table: WebSockets, lifespan, other scopes, and the hot path."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.routing import WebSocketRoute
+from starlette.testclient import TestClient, WebSocketDenialResponse
+from starlette.websockets import WebSocket
+
+from papaours_auth import AsyncAuthenticator, ConfigurationError, Keys, PepperRing, StoreUnavailable
+from papaours_auth.asgi import PapaoursAuthMiddleware, identity_of
+from papaours_auth.digest import new_pepper
+from papaours_auth.stores.memory import AsyncMemoryStore, MemoryStore
+from support.calls import Recorded, http_scope, lifespan, run_asgi, websocket_scope
+
+SEED = "pk_prod_abc123def456ghi789"
+BEARER = [("Authorization", f"Bearer {SEED}")]
+
+
+@pytest.fixture
+def memory(ring: PepperRing) -> MemoryStore:
+    store = MemoryStore()
+    keys = Keys(store, peppers=ring)
+    machine = keys.create_machine("Service de facturation", organisation="cfa-lyon")
+    keys.import_key(machine.id, SEED, name="Production - Service Facturation")
+    return store
+
+
+@pytest.fixture
+def authenticator(memory: MemoryStore, ring: PepperRing) -> Iterator[AsyncAuthenticator]:
+    authenticator = AsyncAuthenticator(AsyncMemoryStore(memory), environment="prod", peppers=ring)
+    yield authenticator
+    asyncio.run(authenticator.aclose())
+
+
+# WebSockets
+
+
+def test_pitfall_11_a_websocket_with_a_key_reaches_the_app(authenticator: AsyncAuthenticator) -> None:
+    app = Recorded()
+    sent = run_asgi(PapaoursAuthMiddleware(app, authenticator=authenticator), websocket_scope(BEARER))
+    assert [message["type"] for message in sent] == ["websocket.accept"]
+    assert app.scopes[0]["papaours"].machine.name == "Service de facturation"
+
+
+def test_pitfall_11_a_websocket_without_a_key_is_closed_where_the_server_can_do_no_better(
+    authenticator: AsyncAuthenticator,
+) -> None:
+    app = Recorded()
+    guarded = PapaoursAuthMiddleware(app, authenticator=authenticator)
+    assert run_asgi(guarded, websocket_scope()) == [
+        {"type": "websocket.close", "code": 1008, "reason": "missing_key"}
+    ]
+    assert app.scopes == []
+
+
+def test_pitfall_11_a_websocket_is_denied_by_a_whole_answer_where_the_server_can(
+    authenticator: AsyncAuthenticator,
+) -> None:
+    guarded = PapaoursAuthMiddleware(Recorded(), authenticator=authenticator)
+    start, body = run_asgi(guarded, websocket_scope(extensions={"websocket.http.response": {}}))
+    assert (start["type"], start["status"]) == ("websocket.http.response.start", 401)
+    assert (b"www-authenticate", b'Bearer realm="papaours"') in start["headers"]
+    assert body["type"] == "websocket.http.response.body"
+    assert b'"missing_key"' in body["body"]
+
+
+def test_pitfall_11_starlettes_own_client_sees_the_denial(authenticator: AsyncAuthenticator) -> None:
+    async def live(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.send_text(websocket.user.display_name)
+        await websocket.close()
+
+    app = Starlette(routes=[WebSocketRoute("/live", live)])
+    client = TestClient(PapaoursAuthMiddleware(app, authenticator=authenticator))
+    with client.websocket_connect("/live", headers=dict(BEARER)) as session:
+        assert session.receive_text() == "Service de facturation"
+    with pytest.raises(WebSocketDenialResponse) as denial, client.websocket_connect("/live"):
+        pass
+    assert denial.value.status_code == 401
+    assert denial.value.json()["code"] == "missing_key"
+
+
+# lifespan and other scopes
+
+
+def test_pitfall_11_lifespan_passes_through_and_closes_at_the_end(
+    memory: MemoryStore, ring: PepperRing
+) -> None:
+    app = Recorded()
+    guarded = PapaoursAuthMiddleware(app, environment="prod", store=AsyncMemoryStore(memory), peppers=ring)
+    assert lifespan(guarded) == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    assert app.scopes[0]["type"] == "lifespan"
+    assert guarded.authenticator._watcher is None
+
+
+def test_an_authenticator_that_was_given_ready_stays_open(authenticator: AsyncAuthenticator) -> None:
+    lifespan(PapaoursAuthMiddleware(Recorded(), authenticator=authenticator))
+    assert authenticator._watcher is not None
+    assert authenticator._watcher.alive
+
+
+def test_an_app_whose_own_start_fails_leaves_no_watcher(memory: MemoryStore, ring: PepperRing) -> None:
+    async def fails(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "lifespan.startup.failed", "message": "no"})
+
+    guarded = PapaoursAuthMiddleware(fails, environment="prod", store=AsyncMemoryStore(memory), peppers=ring)
+    assert lifespan(guarded) == ["lifespan.startup.failed"]
+    assert guarded.authenticator._watcher is None
+
+
+def test_amendment_14_a_wrong_pepper_fails_the_start_in_one_line(memory: MemoryStore) -> None:
+    from papaours_auth import parse_peppers
+
+    guarded = PapaoursAuthMiddleware(
+        Recorded(), environment="prod", store=AsyncMemoryStore(memory), peppers=parse_peppers(new_pepper())
+    )
+    (message,) = run_asgi(guarded, {"type": "lifespan", "asgi": {}}, [{"type": "lifespan.startup"}])
+    assert message["type"] == "lifespan.startup.failed"
+    assert "not the one this store was made with" in message["message"]
+    assert "\n" not in message["message"]
+
+
+class Down(MemoryStore):
+    def describe(self) -> Any:
+        raise StoreUnavailable("down on purpose")
+
+
+def test_pitfall_21_an_app_starts_although_its_store_is_down_and_says_so(
+    ring: PepperRing, caplog: pytest.LogCaptureFixture
+) -> None:
+    guarded = PapaoursAuthMiddleware(
+        Recorded(), environment="prod", store=AsyncMemoryStore(Down()), peppers=ring
+    )
+    with caplog.at_level(logging.WARNING, "papaours_auth"):
+        assert lifespan(guarded) == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+        start, _ = run_asgi(guarded, http_scope(headers=BEARER))
+    assert start["status"] == 503
+    assert "calls meet 503: down on purpose" in caplog.text
+    asyncio.run(guarded.aclose())
+
+
+def test_a_scope_of_another_type_is_not_ours(authenticator: AsyncAuthenticator) -> None:
+    app = Recorded()
+    run_asgi(PapaoursAuthMiddleware(app, authenticator=authenticator), {"type": "something.new"})
+    assert app.scopes == [{"type": "something.new"}]
+
+
+# guards within guards
+
+
+def test_an_inner_guard_does_not_take_an_outer_ones_caller_for_its_own(
+    authenticator: AsyncAuthenticator,
+) -> None:
+    app = Recorded()
+    inner = PapaoursAuthMiddleware(app, authenticator=authenticator, exempt=["/healthz"])
+    run_asgi(PapaoursAuthMiddleware(inner, authenticator=authenticator), http_scope("/healthz", BEARER))
+    scope = app.scopes[0]
+    assert identity_of(scope) is None
+    assert not scope["user"].is_authenticated
+    assert scope["auth"].scopes == frozenset()
+
+
+def test_a_user_that_another_middleware_found_stays(authenticator: AsyncAuthenticator) -> None:
+    app, somebody = Recorded(), object()
+    guarded = PapaoursAuthMiddleware(app, authenticator=authenticator, required=False)
+    run_asgi(guarded, http_scope(user=somebody))
+    assert app.scopes[0]["user"] is somebody
+
+
+# the hot path
+
+
+def test_amendment_18_a_hit_awaits_nothing_of_ours(
+    authenticator: AsyncAuthenticator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = Recorded()
+    guarded = PapaoursAuthMiddleware(app, authenticator=authenticator)
+    run_asgi(guarded, http_scope(headers=BEARER))
+
+    def no_coroutine(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a hit made a coroutine")
+
+    monkeypatch.setattr(authenticator, "authenticate", no_coroutine)
+    run_asgi(guarded, http_scope(headers=BEARER))
+    first, second = (scope["papaours"] for scope in app.scopes)
+    assert first is second
+
+
+def test_pitfall_30_an_answer_that_said_nothing_becomes_private_and_the_apps_message_is_left_alone(
+    authenticator: AsyncAuthenticator,
+) -> None:
+    app = Recorded()
+    start, _ = run_asgi(PapaoursAuthMiddleware(app, authenticator=authenticator), http_scope(headers=BEARER))
+    assert start["headers"] == [(b"cache-control", b"private")]
+    assert app.start["headers"] == []
+
+
+def test_pitfall_30_an_open_path_stays_cacheable(authenticator: AsyncAuthenticator) -> None:
+    guarded = PapaoursAuthMiddleware(Recorded(), authenticator=authenticator, exempt=["/logo"])
+    start, _ = run_asgi(guarded, http_scope("/logo", BEARER))
+    assert start["headers"] == []
+
+
+def test_pitfall_05_a_header_with_underscores_is_another_header(authenticator: AsyncAuthenticator) -> None:
+    """CVE-2015-0219. ASGI keeps the two apart; docs/servers.md says which WSGI servers do."""
+    guarded = PapaoursAuthMiddleware(Recorded(), authenticator=authenticator)
+    start, body = run_asgi(guarded, http_scope(headers=[("X_API_Key", SEED)]))
+    assert start["status"] == 401
+    assert b"missing_key" in body["body"]
+
+
+def test_a_unix_socket_has_no_client_address(authenticator: AsyncAuthenticator) -> None:
+    guarded = PapaoursAuthMiddleware(Recorded(), authenticator=authenticator)
+    start, _ = run_asgi(guarded, http_scope(headers=BEARER, client=None))
+    assert start["status"] == 200
+
+
+# configuration
+
+
+def test_what_is_set_up_wrongly_stops_at_start(
+    authenticator: AsyncAuthenticator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("PAPAOURS_STORE", "PAPAOURS_PEPPER", "PAPAOURS_PEPPER_FILE"):
+        monkeypatch.delenv(variable, raising=False)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"authenticator": authenticator, "environment": "prod"}, "authenticator is ready"),
+        ({"authenticator": authenticator, "max_staleness": 1.0}, "authenticator is ready"),
+        ({"environment": "prod"}, "no store: set PAPAOURS_STORE"),
+        ({"store": "memory://"}, "no environment"),
+        ({"store": "memory://", "environment": "prod"}, "no pepper"),
+        ({"store": "mongodb://localhost", "environment": "prod"}, "no store is known for 'mongodb'"),
+        ({"store": "sqlite:///nowhere/at-all.db", "environment": "prod"}, "there is no SQLite store"),
+    ]
+    for options, said in wrong:
+        with pytest.raises(ConfigurationError, match=said) as error:
+            PapaoursAuthMiddleware(Recorded(), **options)
+        assert "\n" not in str(error.value)
