@@ -31,7 +31,7 @@ LAYERS = [
         "cache.py",
         "watcher.py",
     },
-    {"authenticator.py", "keys.py", "testing.py"},
+    {"outage.py", "authenticator.py", "keys.py", "testing.py"},
     {"__init__.py", "_middleware.py"},
     {"asgi.py", "wsgi.py"},
     {"starlette.py", "fastapi.py", "flask.py", "cli.py", "demo.py", "__main__.py"},

@@ -34,6 +34,7 @@ from papaours_auth import (
     parse_peppers,
 )
 from papaours_auth.http import render
+from papaours_auth.outage import FIRST_RETRY
 from papaours_auth.stores import Author, Description, Found, PepperRecord, Store
 from papaours_auth.verify import Claim
 from support.doors import Door, Gate, Later, Spy, Threaded, open_door
@@ -540,11 +541,12 @@ def test_pitfall_21_a_store_that_cannot_answer_is_an_outage_and_never_an_unknown
     assert door.knock(SEED) is Reason.STORE_UNAVAILABLE
     assert door.knock(STRANGER) is Reason.STORE_UNAVAILABLE
     spy.on_lookup = lambda ask: ask()
+    clock.advance(FIRST_RETRY * 2)  # twice it failed
     assert isinstance(door.knock(SEED), Identity)
 
 
 def test_pitfall_21_a_store_that_is_down_at_the_start_is_an_outage_until_it_answers(
-    opens: Callable[..., Door], spy: Spy, seed: str
+    opens: Callable[..., Door], spy: Spy, clock: ManualClock, seed: str
 ) -> None:
     spy.on_describe = unavailable
     door = opens()
@@ -552,6 +554,7 @@ def test_pitfall_21_a_store_that_is_down_at_the_start_is_an_outage_until_it_answ
         door.start()
     assert door.knock(SEED) is Reason.STORE_UNAVAILABLE
     spy.on_describe = lambda ask: ask()
+    clock.advance(FIRST_RETRY)
     assert isinstance(door.knock(SEED), Identity)
 
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import logging
 import secrets
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import replace
 from datetime import UTC, datetime
 from hashlib import blake2b
-from typing import Final, Generic, NamedTuple, Self, TypedDict, TypeVar, Unpack
+from typing import Final, Generic, Literal, NamedTuple, Self, TypedDict, TypeVar, Unpack
 
 from ._fork import hold_across_fork
 from .cache import Cache, Clock, Entry
@@ -25,11 +25,10 @@ from .digest import PepperRing, peppers_from_environment
 from .exceptions import ConfigurationError, Reason, Refused, StoreUnavailable
 from .format import MAX_LENGTH, KeyFormat
 from .model import Address, Identity
+from .outage import Breaker, Health
 from .stores import AsyncStore, Description, Found, Store, open_async_store, open_store
 from .verify import Claim, admit, read, stand
 from .watcher import Watcher
-
-logger = logging.getLogger("papaours_auth")
 
 DEFAULT_MAX_STALENESS: Final = 2.0
 DEFAULT_FORMAT: Final = KeyFormat()
@@ -50,6 +49,8 @@ class Options(TypedDict, total=False):
     max_flights: int
     lifetime: float
     timeout: float
+    on_outage: Literal["refuse", "serve_cached"]
+    max_age: float
     clock: Clock
     watch: bool
 
@@ -77,6 +78,8 @@ class _Engine(Generic[_F]):
         max_flights: int = 1_000,
         lifetime: float = 300.0,
         timeout: float = 1.0,
+        on_outage: Literal["refuse", "serve_cached"] = "refuse",
+        max_age: float | None = None,
         clock: Clock = time,
         watch: bool = True,
     ) -> None:
@@ -89,9 +92,11 @@ class _Engine(Generic[_F]):
             ("max_flights", max_flights),
             ("lifetime", lifetime),
             ("timeout", timeout),
+            ("max_age", max_age if max_age is not None else max_staleness),
         ):
             if not 0 < value < float("inf"):
                 raise ConfigurationError(f"{name} must be a number above 0: it bounds what this app may do")
+        _check_outage_policy(on_outage, max_age, max_staleness)
         self.environment = environment
         self.format = format
         self.max_staleness = max_staleness
@@ -100,6 +105,7 @@ class _Engine(Generic[_F]):
         self._ring = self._given
         self._max_flights = max_flights
         self._timeout = timeout
+        self._max_age = max_age
         self._clock = clock
         self._watch = watch
         self._closed = False
@@ -112,6 +118,7 @@ class _Engine(Generic[_F]):
         )
         self._cache.on_change.append(self._detach_flights)
         self._cache.on_new_peppers.append(self._unbind)
+        self._cache.on_reading.append(lambda: self._breaker.succeeded())  # a child has another one
         self._keyed_hash = blake2b(digest_size=32, key=secrets.token_bytes(32)).copy
         self._entry = self._cache.entries.get  # bound once: 20 ns less on a hit
         self._monotonic = clock.monotonic
@@ -126,6 +133,8 @@ class _Engine(Generic[_F]):
         self._watcher: Watcher | None = None
         self._flights: dict[object, _F] = {}  # those that one may join
         self._under_way: set[_F] = set()  # these, and those a change has detached
+        self._breaker = Breaker(self._monotonic, watched=self._watch)
+        self._stale_answers = 0
 
     # the hot path
 
@@ -255,7 +264,39 @@ class _Engine(Generic[_F]):
         # Those who wait go on waiting; who comes after a change asks anew.
         self._flights.clear()
 
+    def _without_store(
+        self, digest: bytes, client: str | Address | None, needs: str | Sequence[str], error: Exception
+    ) -> Identity:
+        """Answer while the store cannot be asked: by what it last said where that is wanted, else by a refusal."""
+        if self._max_age is not None and isinstance(error, StoreUnavailable):
+            entry = self._cache.recall_stale(digest, self._monotonic(), self._max_age)
+            if entry is not None:
+                identity = replace(_let_in(entry, client, needs), stale=True)
+                self._stale_answers += 1
+                return identity
+        raise Refused(Reason.STORE_UNAVAILABLE) from error
+
+    def health(self) -> Health:
+        """Tell how it is. Asks nobody: cheap enough for any health check."""
+        watcher, breaker, now = self._watcher, self._breaker, self._monotonic()
+        return Health(
+            ok=self._bound and not breaker.is_open,
+            watching=watcher is not None and watcher.alive,
+            trusted_for=max(0.0, self._cache.trusted_until - now),
+            known=len(self._cache.entries),
+            unknown=len(self._cache.unknown),
+            outages=breaker.outages,
+            stale_answers=self._stale_answers,
+            error=breaker.error,
+        )
+
+    def _too_slow(self) -> StoreUnavailable:
+        error = StoreUnavailable("the store takes longer than the timeout")
+        self._breaker.failed(error)
+        return error
+
     def _check_room(self) -> None:
+        self._breaker.check()
         if len(self._under_way) >= self._max_flights:
             raise StoreUnavailable(
                 "too many lookups are under way: the store is slower than the calls come in"
@@ -291,9 +332,15 @@ def _let_in(entry: Entry, client: str | Address | None, needs: str | Sequence[st
     return answer
 
 
-def _outage(error: StoreUnavailable | ConfigurationError) -> Refused:
-    logger.warning("a call was refused because the key store cannot be asked: %s", error)
-    return Refused(Reason.STORE_UNAVAILABLE)
+def _check_outage_policy(on_outage: str, max_age: float | None, max_staleness: float) -> None:
+    if on_outage not in ("refuse", "serve_cached"):
+        raise ConfigurationError("on_outage is 'refuse' or 'serve_cached'")
+    if (on_outage == "serve_cached") != (max_age is not None):
+        raise ConfigurationError(
+            "on_outage='serve_cached' and max_age go together: max_age is how long a revoked key may live on"
+        )
+    if max_age is not None and max_age < max_staleness:
+        raise ConfigurationError("max_age must be at least max_staleness, whose place it takes in an outage")
 
 
 class Authenticator(_Engine["Future[_Fetched]"]):
@@ -308,6 +355,9 @@ class Authenticator(_Engine["Future[_Fetched]"]):
     - ``max_known``, ``max_unknown`` (entries): bounds of the cache.
     - ``lifetime`` (seconds): how long an entry may be kept without asking again, whatever the epoch says.
     - ``timeout`` (seconds): how long a call waits for a lookup that another call has begun.
+    - ``on_outage``: ``"refuse"`` answers 503 while the store cannot be asked; ``"serve_cached"`` goes on letting in
+      keys it knows, by what the store said at most ``max_age`` seconds ago, which then takes the place of
+      ``max_staleness`` in the promise. Such identities say ``stale``.
     - ``max_flights``: how many lookups may be under way; more calls than that are refused as an outage.
     - ``clock``: where time comes from. ``watch=False``: no thread; the app calls `refresh`.
 
@@ -369,7 +419,7 @@ class Authenticator(_Engine["Future[_Fetched]"]):
                     return _let_in(fetched.entry, client, needs)
             raise StoreUnavailable("the store answers more slowly than max_staleness allows")
         except (StoreUnavailable, ConfigurationError) as error:
-            raise _outage(error) from error
+            return self._without_store(digest, client, needs, error)
 
     def _fly(self, digest: bytes, claim: Claim, presented: bytes) -> _Fetched:
         """Fetch, or wait for who is fetching the same key."""
@@ -383,7 +433,7 @@ class Authenticator(_Engine["Future[_Fetched]"]):
             try:
                 return flight.result(self._timeout)
             except FutureTimeoutError:
-                raise StoreUnavailable("the store takes longer than the timeout") from None
+                raise self._too_slow() from None
         try:
             fetched = self._fetch(digest, claim, presented)
         except BaseException as error:
@@ -401,11 +451,13 @@ class Authenticator(_Engine["Future[_Fetched]"]):
 
     def _fetch(self, digest: bytes, claim: Claim, presented: bytes) -> _Fetched:
         for _ in range(_LOOKUPS):
-            if not self._ready():
-                self.start()
-                claim = self._read(presented)  # our peppers may be of another status now
-            sent = self._monotonic()
-            fetched = self._settle(digest, claim, self._store.lookup(claim), sent)
+            with self._breaker:
+                if not self._ready():
+                    self.start()
+                    claim = self._read(presented)  # our peppers may be of another status now
+                sent = self._monotonic()
+                found = self._store.lookup(claim)
+            fetched = self._settle(digest, claim, found, sent)
             if fetched is not None:
                 return fetched
         raise StoreUnavailable("the store keeps answering from before its own last change")
@@ -474,7 +526,7 @@ class AsyncAuthenticator(_Engine["asyncio.Task[_Fetched]"]):
                     return _let_in(fetched.entry, client, needs)
             raise StoreUnavailable("the store answers more slowly than max_staleness allows")
         except (StoreUnavailable, ConfigurationError) as error:
-            raise _outage(error) from error
+            return self._without_store(digest, client, needs, error)
 
     async def _fly(self, digest: bytes, claim: Claim, presented: bytes) -> _Fetched:
         """Wait for the task that fetches this key, which no caller's cancellation ends."""
@@ -488,7 +540,7 @@ class AsyncAuthenticator(_Engine["asyncio.Task[_Fetched]"]):
         try:
             return await asyncio.wait_for(asyncio.shield(flight), self._timeout)
         except TimeoutError:
-            raise StoreUnavailable("the store takes longer than the timeout") from None
+            raise self._too_slow() from None
 
     def _landed(self, name: object, flight: asyncio.Task[_Fetched]) -> None:
         self._land(name, flight)
@@ -497,11 +549,13 @@ class AsyncAuthenticator(_Engine["asyncio.Task[_Fetched]"]):
 
     async def _fetch(self, digest: bytes, claim: Claim, presented: bytes) -> _Fetched:
         for _ in range(_LOOKUPS):
-            if not self._ready():
-                await self.start()
-                claim = self._read(presented)  # our peppers may be of another status now
-            sent = self._monotonic()
-            fetched = self._settle(digest, claim, await self._async_store.lookup(claim), sent)
+            with self._breaker:
+                if not self._ready():
+                    await self.start()
+                    claim = self._read(presented)  # our peppers may be of another status now
+                sent = self._monotonic()
+                found = await self._async_store.lookup(claim)
+            fetched = self._settle(digest, claim, found, sent)
             if fetched is not None:
                 return fetched
         raise StoreUnavailable("the store keeps answering from before its own last change")

@@ -41,10 +41,12 @@ class Entry:
     """What is remembered of one key. Not changed once made.
 
     ``open`` tells that an identity may come in without a look at the request: nothing but `needs` is left to
-    ask. ``deadline`` is in monotonic seconds.
+    ask. ``deadline`` and ``expiry`` (the key's own) are in monotonic seconds.
     """
 
-    __slots__ = ("deadline", "digest", "identity", "key_id", "machine_id", "open", "partitions", "standing")
+    __slots__ = (
+        "deadline", "digest", "expiry", "identity", "key_id", "machine_id", "open", "partitions", "standing",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class Entry:
         standing: Standing,
         record: Record | None,
         deadline: float,
+        expiry: float,
         partitions: tuple[int, ...],
     ) -> None:
         self.digest = digest
@@ -62,7 +65,8 @@ class Entry:
         known = record if standing.identity is not None else None
         self.key_id = known.key.id if known is not None else None
         self.machine_id = known.machine.id if known is not None else None
-        self.deadline = deadline
+        self.deadline = min(deadline, expiry)
+        self.expiry = expiry
         self.partitions = partitions
 
 
@@ -86,6 +90,7 @@ class Cache:
         self.trusted_until = NEVER  # the earliest of all partitions: one comparison on the hot path
         self.on_change: list[Callable[[], None]] = []
         self.on_new_peppers: list[Callable[[], None]] = []
+        self.on_reading: list[Callable[[], None]] = []
         self._clock = clock
         self._max_staleness = max_staleness
         self._max_known = max_known
@@ -125,6 +130,14 @@ class Cache:
         entry = self.entries.get(digest) or self.unknown.get(digest)
         return entry if entry is not None and self.trusts(entry, now) else None
 
+    def recall_stale(self, digest: bytes, now: float, max_age: float) -> Entry | None:
+        """Give who was let in by what the store said at most ``max_age`` seconds ago, whatever its lifetime."""
+        entry = self.entries.get(digest)
+        if entry is None or entry.standing.reason is not None or now >= entry.expiry:
+            return None
+        known_at = [self._trust.get(partition, NEVER) - self._max_staleness for partition in entry.partitions]
+        return entry if all(now < at + max_age for at in known_at) else None
+
     def fill(
         self, digest: bytes, standing: Standing, record: Record | None, epochs: Mapping[int, Epoch],
         *, monotonic: float, wall: float,
@@ -134,10 +147,10 @@ class Cache:
         ``monotonic`` was read before ``wall``, which decided the standing. Gives the entry and whether it
         was kept; None for an answer from before a change that was applied already: ask again.
         """
-        deadline = monotonic + self._lifetime
+        expiry = float("inf")
         if standing.expires_at is not None and standing.reason is None:
-            deadline = min(deadline, monotonic + standing.expires_at.timestamp() - wall)
-        entry = Entry(digest, standing, record, deadline, tuple(epochs))
+            expiry = monotonic + standing.expires_at.timestamp() - wall
+        entry = Entry(digest, standing, record, monotonic + self._lifetime, expiry, tuple(epochs))
         with self.lock:
             known = self._epochs
             for partition, epoch in epochs.items():
@@ -200,6 +213,7 @@ class Cache:
             self._tell(self.on_change)
         if new_peppers:
             self._tell(self.on_new_peppers)
+        self._tell(self.on_reading)
 
     def _change(self, kind: str, subject: str) -> None:
         if kind in ("key.created", "key.imported"):

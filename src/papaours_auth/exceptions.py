@@ -4,6 +4,7 @@ PapaoursAuthError
 ├── ConfigurationError     the app is set up wrongly: raised at start, says what, why, what to do
 ├── Refused                a request is not let in; ``reason`` says why
 ├── StoreUnavailable       the store cannot answer now: never "unknown key"
+│   └── UnreadableRecord       it answers, but a record makes no sense
 └── AdministrationError    a change was not made
     ├── InvalidInput           the words of the call are off
     ├── NotFound               no such machine or key
@@ -61,6 +62,10 @@ class Refused(PapaoursAuthError):
         self.reason = reason
         self.known = known
         self.needs = needs
+
+
+class UnreadableRecord(StoreUnavailable):
+    """The store answers, but one record makes no sense: that key meets 503, and others are not affected."""
 
 
 class AdministrationError(PapaoursAuthError):

@@ -154,6 +154,8 @@ class Identity:
     machine: MachineInfo
     grants: tuple[Grant, ...]
     rights: frozenset[str]
+    stale: bool = False
+    """Given from the cache during an outage (``on_outage="serve_cached"``), older than ``max_staleness``."""
 
     @classmethod
     def of(cls, key: Key, machine: Machine) -> Identity:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from ipaddress import ip_network
 from typing import Final, TypeAlias, cast
 
-from ..exceptions import StoreUnavailable
+from ..exceptions import UnreadableRecord
 from ..model import Grant, Key, Machine, Network, Status
 from . import Epoch
 
@@ -60,7 +60,7 @@ def key_row(key: Key) -> tuple[Cell, ...]:
 
 
 def read_machine(row: Sequence[Cell]) -> Machine:
-    """Read a machine from its columns. Raises `StoreUnavailable` for a row that makes no sense."""
+    """Read a machine from its columns. Raises `UnreadableRecord` for a row that makes no sense."""
     id_, name, organisation, status, created_at, created_by, description, system, grants, attributes = row
     try:
         return Machine(
@@ -76,11 +76,11 @@ def read_machine(row: Sequence[Cell]) -> Machine:
             _attributes(cast("str", attributes)),
         )
     except (ValueError, TypeError, KeyError) as error:
-        raise StoreUnavailable("the store's record of a machine cannot be read") from error
+        raise UnreadableRecord("the store's record of a machine cannot be read") from error
 
 
 def read_key(row: Sequence[Cell]) -> Key:
-    """Read a key from its columns. Raises `StoreUnavailable` for a row that makes no sense."""
+    """Read a key from its columns. Raises `UnreadableRecord` for a row that makes no sense."""
     try:
         return Key(
             *cast("tuple[str, str, str, str, str, str]", tuple(row[:6])),
@@ -93,7 +93,7 @@ def read_key(row: Sequence[Cell]) -> Key:
             _attributes(cast("str", row[12])),
         )
     except (ValueError, TypeError, KeyError) as error:
-        raise StoreUnavailable("the store's record of a key cannot be read") from error
+        raise UnreadableRecord("the store's record of a key cannot be read") from error
 
 
 def difference(

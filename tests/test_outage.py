@@ -1,0 +1,298 @@
+"""While the store cannot answer: the breaker, what is served meanwhile, and what an operator sees."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from papaours_auth import ConfigurationError, Identity, Keys, Reason, StoreUnavailable
+from papaours_auth.exceptions import UnreadableRecord
+from papaours_auth.outage import FIRST_RETRY, LAST_RETRY, LAST_RETRY_WATCHED, Breaker
+from papaours_auth.stores import Found
+from papaours_auth.verify import Claim
+from support.doors import Door, Spy, open_door
+from support.servers import wait_until
+
+if TYPE_CHECKING:
+    from conftest import ManualClock
+
+SEED = "pk_prod_abc123def456ghi789"
+STRANGER = "pk_prod_0123456789abcdef"
+
+
+@pytest.fixture
+def seed(admin: Keys) -> str:
+    """The id of the seed's key, which the store then has."""
+    owner = admin.create_machine("Service", organisation="cfa-lyon", rights=["contrats:lecture"])
+    return admin.import_key(owner.id, SEED, name="Production - Service").id
+
+
+def unavailable(*_: object) -> Any:
+    raise StoreUnavailable("no route to host")
+
+
+def up(ask: Callable[[], Any]) -> Any:
+    return ask()
+
+
+# the breaker
+
+
+def test_a_dead_store_is_asked_once_and_then_now_and_then(
+    opens: Callable[..., Door], spy: Spy, clock: ManualClock
+) -> None:
+    door = opens()
+    spy.on_lookup = unavailable
+    for _ in range(100):
+        assert door.knock(STRANGER) is Reason.STORE_UNAVAILABLE
+    assert spy.lookups == 1
+    for tries, wait in ((2, 0.05), (3, 0.1), (4, 0.2), (5, 0.4), (6, LAST_RETRY), (7, LAST_RETRY)):
+        clock.advance(wait * 0.99)
+        assert door.knock(STRANGER) is Reason.STORE_UNAVAILABLE
+        assert spy.lookups == tries - 1
+        clock.advance(wait * 0.02)
+        assert door.knock(STRANGER) is Reason.STORE_UNAVAILABLE
+        assert spy.lookups == tries
+    spy.on_lookup = up
+    clock.advance(LAST_RETRY)
+    assert door.knock(STRANGER) is Reason.UNKNOWN_KEY
+    assert door.authenticator.health().outages == 1
+
+
+def test_the_watchers_reading_ends_an_outage_before_any_call_has_to_try(
+    opens: Callable[..., Door], spy: Spy, clock: ManualClock
+) -> None:
+    door = opens()
+    spy.on_lookup = unavailable
+    assert door.knock(STRANGER) is Reason.STORE_UNAVAILABLE
+    assert not door.authenticator.health().ok
+    spy.on_lookup = up
+    assert door.knock(STRANGER) is Reason.STORE_UNAVAILABLE
+    door.refresh()
+    assert door.authenticator.health().ok
+    assert door.knock(STRANGER) is Reason.UNKNOWN_KEY
+
+
+def test_beside_a_watcher_calls_try_less_often(clock: ManualClock) -> None:
+    """Each try may cost a call a whole timeout."""
+    for watched, longest in ((False, LAST_RETRY), (True, LAST_RETRY_WATCHED)):
+        breaker = Breaker(clock.monotonic, watched=watched)
+        for _ in range(20):
+            breaker.failed(StoreUnavailable("gone"))
+        clock.advance(longest * 0.99)
+        with pytest.raises(StoreUnavailable, match="gone"):
+            breaker.check()
+        clock.advance(longest * 0.02)
+        breaker.check()
+        with pytest.raises(StoreUnavailable):
+            breaker.check()  # one call at a time
+
+
+def test_a_try_that_never_ends_does_not_keep_others_from_trying(clock: ManualClock) -> None:
+    breaker = Breaker(clock.monotonic, watched=False)
+    breaker.failed(StoreUnavailable("gone"))
+    clock.advance(FIRST_RETRY)
+    breaker.check()  # whoever this is hangs
+    clock.advance(LAST_RETRY)
+    breaker.check()
+
+
+def test_one_record_that_makes_no_sense_is_no_outage_for_the_others(
+    opens: Callable[..., Door], spy: Spy, seed: str
+) -> None:
+    door = opens()
+
+    def unreadable(ask: Callable[[], Found]) -> Found:
+        raise UnreadableRecord("the store's record of a key cannot be read")
+
+    spy.on_lookup = unreadable
+    assert door.knock(STRANGER) is Reason.STORE_UNAVAILABLE
+    spy.on_lookup = up
+    assert isinstance(door.knock(SEED), Identity)
+
+
+def test_an_app_without_the_primary_pepper_still_lets_known_keys_in(
+    opens: Callable[..., Door], spy: Spy, seed: str
+) -> None:
+    """Unknown keys meet 503 there, and must not open the breaker for the others."""
+    door = opens()
+    assert isinstance(door.knock(SEED), Identity)
+    door.authenticator._cache._drop()
+    door.authenticator._primary_missing = True
+    assert door.knock(STRANGER) is Reason.STORE_UNAVAILABLE
+    assert isinstance(door.knock(SEED), Identity)
+
+
+def test_an_outage_is_logged_when_it_begins_and_when_it_ends_and_not_for_each_call(
+    opens: Callable[..., Door], spy: Spy, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    door = opens()
+    spy.on_lookup = unavailable
+    with caplog.at_level(logging.DEBUG, "papaours_auth"):
+        for _ in range(50):
+            door.knock(STRANGER)
+            clock.advance(FIRST_RETRY)
+        spy.on_lookup = up
+        clock.advance(LAST_RETRY)
+        door.knock(STRANGER)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the key store cannot be asked, so uncached calls meet 503: no route to host",
+        "the key store answers again",
+    ]
+
+
+def test_with_a_real_watcher_a_store_that_comes_back_is_used_within_a_second(
+    opens: Callable[..., Door], spy: Spy, seed: str
+) -> None:
+    door = open_door("sync", spy.store, peppers=opens().authenticator._given, max_staleness=2.0)
+    spy.on_lookup = spy.on_read = unavailable
+    assert door.knock(SEED) is Reason.STORE_UNAVAILABLE
+    spy.on_lookup = spy.on_read = up
+    wait_until(lambda: isinstance(door.knock(SEED), Identity), 5, what="the store to be used again")
+    door.close()
+
+
+# what is served meanwhile
+
+
+@pytest.fixture
+def lenient(opens: Callable[..., Door], seed: str) -> Door:
+    return opens(on_outage="serve_cached", max_age=600.0)
+
+
+def test_known_keys_are_served_in_an_outage_until_max_age_and_are_marked_and_counted(
+    lenient: Door, spy: Spy, clock: ManualClock
+) -> None:
+    fresh = lenient.knock(SEED)
+    assert isinstance(fresh, Identity)
+    assert not fresh.stale
+    spy.on_lookup = spy.on_read = unavailable
+    clock.advance(599.9)  # past max_staleness, and past the entry's own lifetime
+    stale = lenient.knock(SEED)
+    assert isinstance(stale, Identity)
+    assert stale.stale
+    assert (stale.key, stale.rights) == (fresh.key, fresh.rights)
+    assert lenient.authenticator.health().stale_answers == 1
+    clock.advance(0.2)
+    assert lenient.knock(SEED) is Reason.STORE_UNAVAILABLE
+
+
+def test_max_age_counts_from_the_last_reading_that_was_applied(
+    lenient: Door, spy: Spy, clock: ManualClock
+) -> None:
+    assert isinstance(lenient.knock(SEED), Identity)
+    clock.advance(100)
+    lenient.refresh()
+    spy.on_lookup = spy.on_read = unavailable
+    clock.advance(599.9)
+    assert isinstance(lenient.knock(SEED), Identity)
+    clock.advance(0.2)
+    assert lenient.knock(SEED) is Reason.STORE_UNAVAILABLE
+
+
+def test_what_a_request_needs_is_asked_in_an_outage_too(lenient: Door, spy: Spy, clock: ManualClock) -> None:
+    assert isinstance(lenient.knock(SEED), Identity)
+    spy.on_lookup = spy.on_read = unavailable
+    clock.advance(10)
+    assert isinstance(lenient.knock(SEED, needs="contrats:lecture"), Identity)
+    assert lenient.knock(SEED, needs="contrats:suppression") is Reason.INSUFFICIENT_RIGHTS
+
+
+def test_pitfall_16_an_expiry_ends_a_key_in_an_outage_too(
+    lenient: Door, spy: Spy, admin: Keys, clock: ManualClock
+) -> None:
+    owner = admin.machines()[0].id
+    key = admin.create_key(
+        owner, name="Production - Court", environment="prod", expires=timedelta(seconds=60)
+    )
+    lenient.refresh()
+    assert isinstance(lenient.knock(key.secret.reveal()), Identity)
+    spy.on_lookup = spy.on_read = unavailable
+    clock.advance(59)
+    assert isinstance(lenient.knock(key.secret.reveal()), Identity)
+    clock.advance(1)
+    assert lenient.knock(key.secret.reveal()) is Reason.STORE_UNAVAILABLE
+
+
+def test_pitfall_21_refused_and_unknown_keys_meet_503_in_an_outage(
+    lenient: Door, spy: Spy, admin: Keys, seed: str, clock: ManualClock
+) -> None:
+    """They may have been enabled or created meanwhile: a 401 could be wrong."""
+    admin.disable_key(seed)
+    lenient.refresh()
+    assert lenient.knock(SEED) is Reason.KEY_INACTIVE
+    assert lenient.knock(STRANGER) is Reason.UNKNOWN_KEY
+    spy.on_lookup = spy.on_read = unavailable
+    clock.advance(10)
+    assert lenient.knock(SEED) is Reason.STORE_UNAVAILABLE
+    assert lenient.knock(STRANGER) is Reason.STORE_UNAVAILABLE
+
+
+def test_a_change_that_was_heard_holds_in_an_outage(
+    lenient: Door, spy: Spy, admin: Keys, seed: str, clock: ManualClock
+) -> None:
+    assert isinstance(lenient.knock(SEED), Identity)
+    admin.disable_key(seed)
+    lenient.refresh()
+    spy.on_lookup = spy.on_read = unavailable
+    clock.advance(10)
+    assert lenient.knock(SEED) is Reason.STORE_UNAVAILABLE
+
+
+def test_a_store_that_answers_is_asked_though_cached_answers_would_be_served(
+    lenient: Door, spy: Spy, admin: Keys, seed: str, clock: ManualClock
+) -> None:
+    assert isinstance(lenient.knock(SEED), Identity)
+    spy.on_read = unavailable  # the watcher is deaf, lookups are not
+    admin.disable_key(seed)
+    clock.advance(10)
+    assert lenient.knock(SEED) is Reason.KEY_INACTIVE
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"on_outage": "serve_cached"}, "go together"),
+        ({"max_age": 600.0}, "go together"),
+        ({"on_outage": "panic"}, "on_outage is 'refuse' or 'serve_cached'"),
+        ({"on_outage": "serve_cached", "max_age": 1.0}, "at least max_staleness"),
+        ({"on_outage": "serve_cached", "max_age": float("inf")}, "max_age must be a number"),
+    ],
+)
+def test_an_outage_policy_that_means_nothing_stops_at_the_start(
+    opens: Callable[..., Door], options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        opens(**options)
+
+
+# what an operator sees
+
+
+def test_health_tells_how_it_is_without_asking_anybody(
+    opens: Callable[..., Door], spy: Spy, clock: ManualClock, seed: str
+) -> None:
+    door = opens()
+    assert not door.authenticator.health().ok  # nobody has been here: the peppers were not checked yet
+    assert isinstance(door.knock(SEED), Identity)
+    assert door.knock(STRANGER) is Reason.UNKNOWN_KEY
+    clock.advance(0.5)
+    health = door.authenticator.health()
+    assert (health.ok, health.known, health.unknown, health.outages) == (True, 1, 1, 0)
+    assert health.trusted_for == pytest.approx(1.5)
+    assert not health.watching
+    spy.on_lookup = spy.on_read = unavailable
+    clock.advance(10)
+    assert door.knock(SEED) is Reason.STORE_UNAVAILABLE
+    health = door.authenticator.health()
+    assert (health.ok, health.trusted_for, health.outages) == (False, 0.0, 1)
+    assert health.error == "no route to host"
+
+
+def test_a_claim_is_all_that_a_store_sees(opens: Callable[..., Door], spy: Spy, seed: str) -> None:
+    opens().knock(SEED)
+    assert all(isinstance(claim, Claim) for claim in spy.claims)
