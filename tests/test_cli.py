@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
-from papaours_auth import cli
+from papaours_auth import cli, open_store
 from papaours_auth.digest import new_pepper
 
 SEED = "pk_prod_abc123def456ghi789"
@@ -317,3 +318,69 @@ def test_a_reader_that_has_seen_enough_is_no_error(shell: Shell) -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "0"
     assert done.stderr == ""
+
+
+def test_a_store_that_breaks_in_the_middle_has_its_exit_code(shell: Shell, tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "papaours.db")) as connection:
+        connection.execute("drop table digests")
+        connection.execute("drop table keys")
+    listed = shell("key", "list")
+    assert (listed.code, listed.out) == (3, "")
+    assert "cannot answer" in listed.err
+    assert shell("key", "create", "--machine", MACHINE, "--name", NAME, "--env", "prod").code == 3
+
+
+def test_ctrl_c_ends_a_command_as_shells_expect(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_table", interrupted)
+    assert shell("machine", "list").code == 130
+
+
+def test_init_takes_another_store_and_tells_where_a_pepper_cannot_be(bare: Shell) -> None:
+    assert bare("init", "--store", "memory://").code == 0
+    missing = bare("init", "--pepper-file", "nowhere/papaours.pepper")
+    assert missing.code == 2
+    assert "cannot be made" in missing.err
+
+
+def test_the_doctor_tells_of_a_store_that_has_no_pepper_yet(bare: Shell, tmp_path: Path) -> None:
+    open_store(f"sqlite:///{tmp_path}/papaours.db", create=True).close()
+    (tmp_path / "papaours.pepper").write_text(new_pepper())
+    (tmp_path / "papaours.pepper").chmod(0o600)
+    bare.export(Result(0, f"PAPAOURS_STORE=sqlite:///{tmp_path}/papaours.db", ""))
+    bare.export(Result(0, f"PAPAOURS_PEPPER_FILE={tmp_path}/papaours.pepper", ""))
+    done = bare("doctor")
+    assert done.code == 0
+    assert "the store has no pepper yet" in done.out
+    assert "the store has no key yet" in done.out
+
+
+def test_the_doctor_tells_of_a_primary_pepper_that_is_elsewhere(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "papaours.pepper").write_text(new_pepper(["p1"]))
+    done = shell("doctor")
+    assert done.code == 1
+    assert "the store's primary pepper is not among yours" in done.out
+
+
+def test_a_machine_is_shown_as_json_alone(shell: Shell) -> None:
+    create(shell)
+    shown = shell("machine", "show", MACHINE, "--json")
+    assert shown.json["name"] == MACHINE
+    assert shown.out.count("\n") == 1
+
+
+def test_a_key_typed_by_a_person_is_not_echoed(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = create(shell, "--quiet").out.strip()
+    monkeypatch.setattr("getpass.getpass", lambda prompt: f" {key} ")
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    assert cli._read_key().reveal() == key
+
+
+def test_a_user_without_a_name_is_journaled_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless() -> str:
+        raise KeyError
+
+    monkeypatch.setattr("getpass.getuser", nameless)
+    assert cli._actor() == f"uid {os.getuid()}"

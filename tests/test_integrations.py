@@ -21,8 +21,9 @@ from papaours_auth import AsyncAuthenticator, Authenticator, Identity, InvalidIn
 from papaours_auth.fastapi import PapaoursAuth as FastAPIAuth
 from papaours_auth.flask import PapaoursAuth as FlaskAuth
 from papaours_auth.flask import identity as flask_identity
-from papaours_auth.starlette import PapaoursAuthMiddleware, exception_handlers, identity, require
+from papaours_auth.starlette import PapaoursAuthMiddleware, exception_handlers, identity, refuse, require
 from papaours_auth.stores.memory import AsyncMemoryStore, MemoryStore
+from support.calls import http_scope
 
 SEED = "pk_prod_abc123def456ghi789"
 BEARER = {"Authorization": f"Bearer {SEED}"}
@@ -124,6 +125,12 @@ def test_an_endpoint_that_wants_a_caller_refuses_an_anonymous_one(waiting: Async
     answer = client.get("/whoever")
     assert (answer.status_code, answer.json()["code"]) == (401, "missing_key")
     assert client.get("/may_read").status_code == 403  # Starlette's own word for it
+
+
+def test_the_handler_answers_no_other_error(waiting: AsyncAuthenticator) -> None:
+    request = Request(http_scope())
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(refuse(request, ZeroDivisionError()))
 
 
 def test_another_error_is_not_answered_for_it(waiting: AsyncAuthenticator) -> None:

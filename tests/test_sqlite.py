@@ -11,12 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from papaours_auth import ConfigurationError, Keys, PepperRing, StoreUnavailable, open_store
-from papaours_auth.stores import Store
+from papaours_auth.stores import Author, Store
 from papaours_auth.stores.sqlite import SQLiteStore
 from papaours_auth.verify import Claim, read
 from support.servers import wait_until
@@ -354,3 +355,55 @@ def test_a_watcher_elsewhere_hears_of_a_change_in_another_process(
     assert feed.read(known).news[0].changes == [("key.disabled", key.id)]
     feed.close()
     other.close()
+
+
+def test_a_file_that_its_reader_may_not_read_stops_at_start(
+    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may read anything: the system's answer is put in."""
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ConfigurationError, match="cannot be read: check the file's owner"):
+        open_store(f"sqlite:///{path}")
+
+
+def test_a_folder_that_cannot_be_entered_stops_at_start(
+    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(self: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", forbidden)
+    with pytest.raises(ConfigurationError, match=r"cannot be reached \(Permission denied\)"):
+        open_store(f"sqlite:///{path}")
+
+
+def test_a_change_that_breaks_off_leaves_nothing_behind(store: SQLiteStore, keys: Keys, path: Path) -> None:
+    keys.create_machine("Service de facturation", organisation="cfa-lyon")
+    edit(path, "create trigger broken before insert on changes begin select raise(rollback, 'broken'); end")
+    with pytest.raises(StoreUnavailable, match="broken"):
+        keys.disable_machine("Service de facturation")
+    assert store.machines()[0].status == "active"
+
+
+def test_a_pepper_keeps_its_status_where_it_has_it_already(store: Store, keys: Keys) -> None:
+    before = store.journal()
+    store.set_pepper_status("p1", "primary", Author("test", datetime.now(UTC)))
+    assert store.journal() == before
+
+
+def test_a_feed_that_cannot_look_says_that_something_may_have_changed(
+    store: Store, claim: Claim, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed = store.feed()
+    feed.read({})
+    away = path.with_suffix(".away")
+    path.rename(away)
+    feed.wait(0.05)  # no error: the next reading says so
+    away.rename(path)
+
+    def broken(connection: sqlite3.Connection) -> bool:
+        raise sqlite3.OperationalError
+
+    monkeypatch.setattr(feed, "_look", broken)
+    feed.wait(60)
+    feed.close()

@@ -27,6 +27,7 @@ from .exceptions import ConfigurationError
 from .keys import Keys
 
 START_SECONDS: Final = 30.0
+STOP_SECONDS: Final = 10.0
 PROMISE_SECONDS: Final = 2.0
 """The middlewares' default ``max_staleness``: what the demonstration holds the revocation to."""
 AFTERWARDS: Final = 200
@@ -339,7 +340,7 @@ def _answers(server: _Server) -> bool:
 def _stop(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
-        process.wait(10)
+        process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
