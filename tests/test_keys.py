@@ -176,6 +176,17 @@ def test_pitfall_16_an_expiry_that_names_no_future_moment_is_refused(
     assert keys.keys() == []
 
 
+def test_an_environment_that_does_not_exist_makes_no_key(keys: Keys, machine: str) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: keys.create_key(machine, name="Production - A", environment="production"),
+        lambda: keys.import_key(machine, SEED, name="Production - A", environment="production"),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidInput, match="'production' does not exist: use one of prod, test"):
+            call()
+    assert len(keys.keys()) == 0
+
+
 def test_networks_are_addresses_or_blocks(keys: Keys, machine: str) -> None:
     key = keys.create_key(
         machine, name="Production", environment="prod", networks=["192.0.2.7", " 2001:db8::/32 "]

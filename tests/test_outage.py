@@ -127,6 +127,25 @@ def test_an_app_without_the_primary_pepper_still_lets_known_keys_in(
     assert isinstance(door.knock(SEED), Identity)
 
 
+def test_amendment_03_a_store_that_keeps_answering_from_its_past_is_an_outage(
+    opens: Callable[..., Door], spy: Spy, admin: Keys, seed: str
+) -> None:
+    """A replica, say: each answer is older than what the watcher has applied."""
+    door = opens()
+    past: list[Found] = []
+
+    def remembers(ask: Callable[[], Found]) -> Found:
+        past.append(ask())
+        return past[0]
+
+    spy.on_lookup = remembers
+    assert isinstance(door.knock(SEED), Identity)
+    admin.disable_key(seed)
+    door.refresh()
+    assert door.knock(SEED) is Reason.STORE_UNAVAILABLE
+    assert len(past) == 4  # the first, and three tries
+
+
 def test_an_outage_is_logged_when_it_begins_and_when_it_ends_and_not_for_each_call(
     opens: Callable[..., Door], spy: Spy, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
