@@ -1,0 +1,176 @@
+"""Real faults under real load: four processes verify while their store is changed, taken away and given back.
+
+Each kind of store says in `KINDS` how it is made and broken. The figures (how fast, not whether) are the
+benchmarks' business; here only what must never happen is asserted.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from conftest import PEPPER
+from papaours_auth import Keys, open_store, parse_peppers
+from support import load
+
+PROCESSES = 4
+OTHERS = 400
+MAX_STALENESS = 1.0
+SLACK = 1.5
+"""Seconds that two loaded cores may add to a bound: four processes and a server share them."""
+SETTLE = 0.5
+"""Seconds a phase lasts, so that each process makes some thousands of calls in it."""
+
+
+class Broken(NamedTuple):
+    """A store, and what is done to it."""
+
+    url: str
+    verifying_url: str  # as the load sees it: perhaps through a proxy
+    take_away: Callable[[], None]
+    give_back: Callable[[], None]
+
+
+@contextmanager
+def sqlite_file(folder: Path) -> Iterator[Broken]:
+    path, away = folder / "keys.db", folder / "away.db"
+    url = f"sqlite:///{path}"
+    yield Broken(url, url, lambda: _move(path, away), lambda: _move(away, path))
+
+
+def _move(source: Path, target: Path) -> None:
+    source.rename(target)
+
+
+KINDS: dict[str, Callable[[Path], Any]] = {"sqlite": sqlite_file}
+
+
+class Load:
+    """Processes that verify as fast as they can."""
+
+    def __init__(self, stack: ExitStack, url: str, target: str, others: list[str]) -> None:
+        self._processes = []
+        for number in range(PROCESSES):
+            given = {
+                "url": url,
+                "pepper": PEPPER,
+                "kind": ("sync", "async")[number % 2],
+                "target": target,
+                "others": others[number:] + others[:number],
+                # Of the other keys only a few are remembered, so that every second call asks the store.
+                "options": {"max_staleness": MAX_STALENESS, "max_known": OTHERS // 8},
+            }
+            process = subprocess.Popen(
+                [sys.executable, load.__file__, json.dumps(given)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            self._processes.append(process)
+        self._answers("ready")
+
+    def _answers(self, word: str) -> None:
+        for process in self._processes:
+            assert process.stdout is not None
+            assert process.stdout.readline().strip() == word
+
+    def begin(self, phase: str, seconds: float = SETTLE) -> None:
+        """Let a phase begin in all processes, and last a while."""
+        self._tell(phase)
+        self._answers(phase)
+        time.sleep(seconds)  # load, not synchronization: what is asserted does not hang on how long
+
+    def _tell(self, word: str) -> None:
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(word + "\n")
+            process.stdin.flush()
+
+    def stop(self) -> list[dict[str, Any]]:
+        self._tell("stop")
+        reports = []
+        for process in self._processes:
+            out, _ = process.communicate(timeout=60)
+            assert process.returncode == 0
+            reports.append(json.loads(out.splitlines()[-1]))
+        return reports
+
+
+class Estate(NamedTuple):
+    """A store under load, and its administrator."""
+
+    broken: Broken
+    keys: Keys
+    target: str  # the id of the key all processes ask about
+    load: Load
+
+
+@pytest.fixture(params=KINDS)
+def estate(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Estate]:
+    with ExitStack() as stack:
+        broken = stack.enter_context(KINDS[request.param](tmp_path))
+        open_store(broken.url, create=True).close()
+        keys = stack.enter_context(Keys(broken.url, peppers=parse_peppers(PEPPER)))
+        machine = keys.create_machine("Service de facturation", organisation="cfa-lyon").id
+        names = [f"Production - {number}" for number in range(OTHERS + 1)]
+        made = [keys.create_key(machine, name=name, environment="prod") for name in names]
+        texts = [new.secret.reveal() for new in made]
+        yield Estate(broken, keys, made[0].key.id, Load(stack, broken.verifying_url, texts[0], texts[1:]))
+
+
+def outcomes(reports: list[dict[str, Any]], phase: str, what: str) -> set[str]:
+    return {outcome for report in reports for outcome in report[phase]["outcomes"][what]}
+
+
+def test_a_key_disabled_under_load_is_refused_by_every_process_within_the_bound(
+    estate: Estate, record_property: Callable[[str, object], None]
+) -> None:
+    estate.load.begin("before")
+    estate.keys.disable_key(estate.target)
+    committed = time.monotonic()
+    estate.load.begin("during", MAX_STALENESS + SLACK)
+    estate.load.begin("after")
+    reports = estate.load.stop()
+    last = max(report[phase]["last_accepted"] for report in reports for phase in ("before", "during"))
+    record_property("milliseconds from commit to last acceptance", round((last - committed) * 1000, 1))
+    assert last < committed + MAX_STALENESS + SLACK
+    assert outcomes(reports, "before", "target") == {"accepted"}
+    assert outcomes(reports, "after", "target") == {"key_inactive"}
+    assert outcomes(reports, "after", "other") == {"accepted"}
+    assert outcomes(reports, "after", "unknown") == {"unknown_key"}
+    assert estate.keys.key(estate.target).status == "inactive"
+
+
+def test_a_store_that_goes_away_under_load_is_an_outage_and_is_used_again_when_it_is_back(
+    estate: Estate, record_property: Callable[[str, object], None]
+) -> None:
+    estate.load.begin("before")
+    estate.broken.take_away()
+    estate.load.begin("outage", MAX_STALENESS + 1.0)
+    estate.broken.give_back()
+    back = time.monotonic()
+    estate.load.begin("recovery", 1.0 + SLACK)
+    estate.load.begin("after")
+    reports = estate.load.stop()
+    for phase in ("outage", "recovery"):
+        for what in ("target", "other"):
+            assert outcomes(reports, phase, what) <= {"accepted", "store_unavailable"}
+        assert outcomes(reports, phase, "unknown") <= {"unknown_key", "store_unavailable"}
+    assert outcomes(reports, "outage", "other") >= {"store_unavailable"}
+    assert outcomes(reports, "after", "target") == {"accepted"}
+    assert outcomes(reports, "after", "other") == {"accepted"}
+    recovered = max(report["recovery"]["first_accepted"] for report in reports) - back
+    record_property("seconds until an uncached call was answered again", round(recovered, 3))
+    assert 0 < recovered < 1.0 + SLACK
+    before = max(report["before"]["threads"] for report in reports)
+    assert max(report["outage"]["threads"] for report in reports) <= before + 1, "threads pile up"
