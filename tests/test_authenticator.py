@@ -500,6 +500,30 @@ def test_one_async_authenticator_serves_event_loops_in_several_threads(
 # fetched answers
 
 
+def test_amendment_02_who_comes_after_a_change_does_not_join_a_lookup_from_before_it(
+    spy: Spy, ring: PepperRing, admin: Keys, seed: str
+) -> None:
+    door = open_door("sync", spy.store, peppers=ring, watch=False)
+    door.refresh()
+    gate = Gate()
+
+    def asked_before(ask: Callable[[], Found]) -> Found:
+        found = ask()
+        gate.hold()
+        return found
+
+    spy.on_lookup = asked_before
+    first = Later(lambda: door.knock(SEED))
+    assert gate.reached.acquire(timeout=30)
+    admin.disable_key(seed)
+    door.refresh()
+    spy.on_lookup = lambda ask: ask()
+    assert door.knock(SEED) is Reason.KEY_INACTIVE  # at once, and by a lookup of its own
+    gate.open()
+    assert first.answer() is Reason.KEY_INACTIVE  # looked up again: the first answer was overtaken
+    assert spy.lookups == 3
+
+
 @pytest.mark.parametrize(
     ("delays", "comes_in", "reads"),
     [

@@ -209,6 +209,19 @@ def test_another_installation_drops_everything_and_what_was_known_of_all_partiti
     assert bench.cache.epochs == {0: epoch(1)}
 
 
+def test_trust_is_not_renewed_where_something_failed_before(bench: Bench) -> None:
+    def breaks() -> None:
+        raise RuntimeError("on purpose")
+
+    bench.hear(epoch(1))
+    bench.cache.on_change.append(breaks)
+    bench.clock.advance(1.0)
+    before = bench.cache.trusted_until
+    with pytest.raises(RuntimeError):
+        bench.hear(epoch(2), ("key.disabled", "k"))
+    assert bench.cache.trusted_until == before
+
+
 def test_listeners_hear_of_changes_and_of_peppers_and_not_of_silence(bench: Bench) -> None:
     heard: list[str] = []
     bench.cache.on_change.append(lambda: heard.append("change"))

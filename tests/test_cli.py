@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import pwd
 import sqlite3
 import subprocess
 import sys
@@ -189,7 +190,9 @@ def test_expiry_is_a_span_or_a_time(shell: Shell, expires: str) -> None:
     assert create(shell, "--json", "--expires", expires).json["expires"].startswith("20")
 
 
-@pytest.mark.parametrize("expires", ["soon", "2090-01-31", "2001-01-31T00:00Z", "0d", "999999w"])
+@pytest.mark.parametrize(
+    "expires", ["soon", "2090-01-31", "2001-01-31T00:00Z", "0d", "999999w", "9999-12-31T23:59-14:00"]
+)
 def test_a_wrong_expiry_is_told_and_makes_no_key(shell: Shell, expires: str) -> None:
     done = create(shell, "--expires", expires)
     assert done.code == 2
@@ -378,9 +381,49 @@ def test_a_key_typed_by_a_person_is_not_echoed(shell: Shell, monkeypatch: pytest
     assert cli._read_key().reveal() == key
 
 
-def test_a_user_without_a_name_is_journaled_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nameless() -> str:
+def test_the_journal_names_the_user_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGNAME", "somebody\telse")
+    assert cli._actor() == pwd.getpwuid(os.getuid()).pw_name
+
+    def nameless(_: int) -> None:
         raise KeyError
 
-    monkeypatch.setattr("getpass.getuser", nameless)
+    monkeypatch.setattr("pwd.getpwuid", nameless)
     assert cli._actor() == f"uid {os.getuid()}"
+    monkeypatch.setattr("pwd.getpwuid", lambda _: SimpleNamespace(pw_name="a\tb"))
+    assert cli._actor() == f"uid {os.getuid()}"
+
+
+def run_cli(*words: str, **environ: str) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "papaours_auth", *words]
+    return subprocess.run(
+        command, env={**os.environ, **environ}, capture_output=True, timeout=60, check=False
+    )
+
+
+def test_a_terminal_that_knows_no_ellipsis_costs_nobody_a_key(shell: Shell) -> None:
+    words = ("key", "create", "--machine", MACHINE, "--name", NAME, "--env", "prod")
+    done = run_cli(*words, PYTHONIOENCODING="iso-8859-1")
+    assert done.returncode == 0, done.stderr
+    key = done.stdout.split()[-1].decode()
+    assert shell("key", "verify", stdin=key).code == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_key_that_could_not_be_written_is_named_so_that_it_can_be_disabled(shell: Shell) -> None:
+    words = ("key", "create", "--machine", MACHINE, "--name", NAME, "--env", "prod", "--quiet")
+    with Path("/dev/full").open("wb") as full:
+        command = [sys.executable, "-m", "papaours_auth", *words]
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert done.returncode == 4, done.stderr
+    key_id = shell("key", "list", "--json").json["id"]
+    assert f"The text of {key_id} could not be written" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_argument_that_is_no_text_is_refused_in_one_line(shell: Shell) -> None:
+    refused = shell("key", "disable", "\udcff")
+    assert (refused.code, refused.out) == (2, "")
+    assert "not UTF-8" in refused.err

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from papaours_auth import ConfigurationError, Reason, Refused
-from papaours_auth.http import Gate, language, render
+from papaours_auth.http import Gate, credentials, language, render
 
 WRONG_GATES: list[tuple[dict[str, Any], str]] = [
     ({"exempt": ["/a"], "protect": ["/b"]}, "exempt and protect cannot both be given"),
@@ -71,6 +71,22 @@ def test_pitfall_27_hops_are_read_as_proxies_write_them(forwarded: bytes, client
 )
 def test_the_language_is_the_one_asked_for(accepted: str, spoken: str) -> None:
     assert language(accepted) == spoken
+
+
+def test_blanks_around_a_header_are_no_part_of_the_key() -> None:
+    """Servers take them off, mostly."""
+    key = b"pk_prod_abc123def456ghi789"
+    for named in (key, b" " + key, key + b"\t", b"\t " + key + b" "):
+        assert credentials(None, named, token=b"pk_") == key
+        assert credentials(b"Bearer " + key + b"\t", named, token=b"pk_") == key
+
+
+@pytest.mark.parametrize(
+    "path", ["/public/..;/admin", "/public/%2e%2e/admin", "/public/a;b", "/public/..\\admin", "/public/\x00"]
+)
+def test_pitfall_10_what_something_behind_us_might_read_anew_needs_a_key(path: str) -> None:
+    assert Gate(exempt=["/public/*"]).guards(path)
+    assert not Gate(exempt=["/public/*"]).guards("/public/été.html")
 
 
 def test_a_right_with_an_accent_is_left_out_of_the_challenge() -> None:

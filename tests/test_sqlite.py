@@ -249,6 +249,40 @@ def test_amendment_08_another_file_in_its_place_is_noticed_at_once(
     feed.close()
 
 
+def test_amendment_08_a_connection_in_use_while_the_file_is_replaced_is_never_used_again(
+    store: SQLiteStore, claim: Claim, path: Path
+) -> None:
+    """It is on the old file still: given back, it would answer from there for ever."""
+    other = path.with_name("other.db")
+    open_store(f"sqlite:///{other}", create=True).close()
+    under_way = store._readers.take()
+    put_in_place(other, path)
+    newer = store._readers.take()
+    store._readers.give(newer)
+    store._readers.give(under_way)
+    assert store._readers._idle == [newer]
+    assert store.lookup(claim).record is None
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        under_way.execute("select 1")
+
+
+def test_a_connection_given_back_after_the_end_is_closed(store: SQLiteStore) -> None:
+    connection = store._readers.take()
+    store.close()
+    store._readers.give(connection)
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        connection.execute("select 1")
+
+
+def test_a_name_is_found_by_an_index(store: SQLiteStore, keys: Keys, path: Path) -> None:
+    """A key is disabled by its name at night, among a million."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        for table in ("keys", "machines"):
+            statement = f"explain query plan select 1 from {table} where (id = 'x' or name = 'x')"
+            plan = [row[3] for row in connection.execute(statement)]
+            assert not [step for step in plan if step.startswith("SCAN")], plan
+
+
 def test_a_restored_backup_is_another_history(store: Store, keys: Keys, claim: Claim, path: Path) -> None:
     backup = path.with_name("backup.db")
     edit(path, f"vacuum into '{backup}'")
@@ -364,7 +398,7 @@ def test_a_file_that_its_reader_may_not_read_stops_at_start(
 ) -> None:
     """Root may read anything: the system's answer is put in."""
     monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(ConfigurationError, match="cannot be read: check the file's owner"):
+    with pytest.raises(ConfigurationError, match="must be readable and writable"):
         open_store(f"sqlite:///{path}")
 
 

@@ -207,12 +207,14 @@ class Cache:
                         new_peppers |= kind.startswith("pepper.")
                         self._change(kind, subject)
                 self._epochs[partition] = news.epoch
+            if changed:
+                self._tell(self.on_change)
+            if new_peppers:
+                self._tell(self.on_new_peppers)
+            # Last: whatever failed before this line leaves trust to run out.
+            for partition in reading.news:
                 self._trust[partition] = sent + self._max_staleness
             self.trusted_until = min(self._trust.values(), default=NEVER)
-        if changed:
-            self._tell(self.on_change)
-        if new_peppers:
-            self._tell(self.on_new_peppers)
         self._tell(self.on_reading)
 
     def _change(self, kind: str, subject: str) -> None:

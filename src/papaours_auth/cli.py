@@ -1,7 +1,8 @@
 """The command ``papaours-auth``: administration for people (tables) and programs (``--json``).
 
 Exit codes: 0 fine; 1 refused, not found, or a check failed; 2 wrong usage or configuration; 3 the store
-cannot answer. A key is printed once, on creation; `key verify` and `key import` read it from standard input.
+cannot answer; 4 done, but the answer could not be written. A key is printed once, on creation; `key verify` and
+`key import` read it from standard input.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import getpass
+import io
 import json
 import os
+import pwd
 import re
 import shlex
 import stat
@@ -38,7 +41,7 @@ from .names import unclear
 from .stores import open_store
 from .stores.sqlite import path_of
 
-FINE, REFUSED, USAGE, UNAVAILABLE = 0, 1, 2, 3
+FINE, REFUSED, USAGE, UNAVAILABLE, UNWRITTEN = 0, 1, 2, 3, 4
 _T = TypeVar("_T")
 _SPAN: Final = re.compile(r"(\d{1,6})([mhdw])")
 _UNITS: Final = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -46,9 +49,13 @@ _UNITS: Final = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code."""
-    options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no "…" must not cost anybody a key
+            stream.reconfigure(errors="backslashreplace")
     try:
+        options = _parser().parse_args([_well_formed(word) for word in arguments or sys.argv[1:]])
         code: int = options.run(options)
+        sys.stdout.flush()
     except (ConfigurationError, InvalidInput) as error:
         return _fail(USAGE, error)
     except AdministrationError as error:
@@ -58,9 +65,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `papaours-auth key list | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FINE
+    except OSError as error:  # a full disk behind a redirection
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _say(
+            f"papaours-auth: the answer could not be written ({error.strerror}), though what was asked is done"
+        )
+        return UNWRITTEN
     except KeyboardInterrupt:
         return 130
     return code
+
+
+def _well_formed(word: str) -> str:
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        raise InvalidInput("an argument is not UTF-8 text: check your terminal's encoding") from None
+    return word
 
 
 def _fail(code: int, error: Exception) -> int:
@@ -269,6 +290,17 @@ def _key_rotate(options: argparse.Namespace) -> int:
 
 def _show_new(new: NewKey, fields: dict[str, str], options: argparse.Namespace) -> None:
     _warn_unclear(new.key)
+    try:
+        _print_new(new, fields, options)
+        sys.stdout.flush()
+    except OSError:
+        _say(
+            f"The text of {new.key.id} could not be written, and cannot be shown again: disable it, make another."
+        )
+        raise
+
+
+def _print_new(new: NewKey, fields: dict[str, str], options: argparse.Namespace) -> None:
     if options.quiet:
         _out(new.secret.reveal())
     elif options.json:
@@ -415,10 +447,12 @@ def _url(options: argparse.Namespace) -> str:
 
 
 def _actor() -> str:
+    # Not getpass.getuser(): that believes LOGNAME, and the journal is to name who it was.
     try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+        name = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container's user without a name
         return f"uid {os.getuid()}"
+    return name if name.isprintable() else f"uid {os.getuid()}"
 
 
 def _time(at: datetime) -> str:
@@ -451,7 +485,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="papaours-auth",
         description="Administer Papaours API keys: machines carry rights, their keys prove who calls.",
-        epilog="exit codes: 0 fine; 1 refused or not found; 2 usage or configuration; 3 store unavailable",
+        epilog="exit codes: 0 fine; 1 refused or not found; 2 usage or configuration; 3 store unavailable; "
+        "4 done, but the answer could not be written",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

@@ -238,12 +238,16 @@ def _bearer(value: bytes) -> bytes | None:
 # Whom a path lets pass
 
 
+_MISREAD: Final = re.compile(r"[\\;%]")
+"""What something behind us might read anew: a backslash as a slash, parameters, a second layer of encoding."""
+
+
 def _plain(path: str) -> bool:
     """Tell whether a path can be read in one way only."""
     return (
         path.startswith("/")
         and "//" not in path
-        and "\\" not in path
+        and not _MISREAD.search(path)
         and path.isprintable()
         and not any(segment in (".", "..") for segment in path.split("/"))
     )

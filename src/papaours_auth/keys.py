@@ -315,13 +315,14 @@ class Keys:
             return None
         try:
             at = expires if isinstance(expires, datetime) else self._now() + expires
+            if at.tzinfo is None:
+                raise InvalidInput("expires has no time zone, so it names no moment: give an aware datetime")
+            at = at.astimezone(UTC)
         except OverflowError:
             raise InvalidInput("expires is further away than the calendar goes") from None
-        if at.tzinfo is None:
-            raise InvalidInput("expires has no time zone, so it names no moment: give an aware datetime")
         if at <= self._now():
             raise InvalidInput("expires lies in the past: the key would never be accepted")
-        return at.astimezone(UTC)
+        return at
 
 
 def _label(argument: str, text: str, format: KeyFormat, *, empty: bool = False) -> str:  # noqa: A002

@@ -460,7 +460,7 @@ class _Pool:
         self._read_only = read_only
         self._condition = threading.Condition(threading.Lock())
         self._idle: list[sqlite3.Connection] = []
-        self._taken: set[sqlite3.Connection] = set()
+        self._taken: dict[sqlite3.Connection, _File] = {}
         self._closed = False
         self.file: _File | None = None
         hold_across_fork(self)
@@ -479,14 +479,16 @@ class _Pool:
                 self._close_idle()
                 self.file = file
             connection = self._idle.pop() if self._idle else self._connect()
-            self._taken.add(connection)
+            self._taken[connection] = file
         return connection
 
     def give(self, connection: sqlite3.Connection) -> None:
-        """Take a connection back."""
+        """Take a connection back, unless its file was replaced meanwhile: nobody may read the old one again."""
         with self._condition:
-            self._taken.discard(connection)
-            self._idle.append(connection)
+            if self._taken.pop(connection, None) == self.file and not self._closed:
+                self._idle.append(connection)
+            else:
+                connection.close()
             self._condition.notify_all()
 
     def close(self) -> None:
@@ -597,8 +599,12 @@ def _check_file(path: Path) -> None:
         raise ConfigurationError(
             f"the SQLite store {path} cannot be reached ({error.strerror}): check the path and its owner"
         ) from None
-    if not os.access(path, os.R_OK):
-        raise ConfigurationError(f"the SQLite store {path} cannot be read: check the file's owner and mode")
+    # Readers in WAL mode write too: the log's index beside the file, which SQLite makes where it is not there.
+    if not os.access(path, os.R_OK | os.W_OK) or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ConfigurationError(
+            f"the SQLite store {path} and its folder must be readable and writable for every process that verifies "
+            "(SQLite's WAL mode needs it): check owner and mode"
+        )
 
 
 def _check_schema(path: Path, pool: _Pool) -> None:

@@ -42,6 +42,10 @@ create table keys (
     attributes text not null
 ) without rowid;
 
+create index machines_by_name on machines (name);
+
+create index keys_by_name on keys (name);
+
 create index keys_of_machine on keys (machine_id);
 
 create table digests (
