@@ -99,6 +99,14 @@ class Truth:
         for machine, states in self.machines.items():
             states.add(now, machines.get(machine))
 
+    def ever_valid(self, text: str) -> bool:
+        """Tell whether a key was ever one to accept."""
+        history = self.keys.get(text)
+        return history is not None and any(
+            facts is not None and facts.active and facts.environment == "prod"
+            for facts in history.within(float("-inf"), float("inf"))
+        )
+
     def _states(self, text: str, since: float, until: float) -> list[tuple[KeyFacts, bool | None] | None]:
         """Give what the key and its machine were together at some moment of a span."""
         history = self.keys.get(text)

@@ -142,7 +142,9 @@ class App:
             raise Violation("e", f"{self.process.name} has more flights under way than max_flights")
 
     def ask(self, asked: Asked) -> None:
-        """Begin a verification, as a request would."""
+        """Begin a verification, as a request would; sometimes its key is changed while it is under way."""
+        if self.scene.rng.random() < self.scene.spite:
+            self.scene.world.after(self.scene.rng.choice((0.005, 0.02, 0.1, 0.3)), lambda: self.scene.toggle(asked.text))
         self.process.post(lambda: self._begin(asked))
 
     def _begin(self, asked: Asked) -> None:
@@ -191,7 +193,8 @@ class Scene:
         self.truth = Truth(self.partitioned)
         self.weather = Weather(self.world)
         self.limits = Limits(rng.choice((3, 100)), rng.choice((2, 100)), rng.choice((3, 1_000)))
-        self.lifetime = rng.choice((1.0, 300.0))
+        self.lifetime = rng.choice((1.0, 300.0, 300.0))
+        self.spite = rng.choice((0.0, 0.01, 0.04))
         self.hold = rng.choice((0.0, 0.0, 0.002, 0.01))
         self.faults = Faults(*(rng.choice((0.0, 0.0, 0.1, 0.4)) for _ in range(6)))
         self.violation: Violation | None = None
@@ -282,6 +285,13 @@ class Scene:
     def _toggle_key(self, keys: Keys) -> None:
         if chosen := self._some_key():
             self._set_active(keys, *chosen, active=not chosen[1].active)
+
+    def toggle(self, text: str) -> None:
+        """Disable or enable the key of this text, where there is one."""
+        facts = self.truth.existing().get(text)
+        if facts is not None and self.server.up:
+            self._set_active(self.keys, text, facts, active=not facts.active)
+            self.announce()
 
     def _rotate(self, keys: Keys) -> None:
         """Make a replacement now, and disable the old key later."""
@@ -418,10 +428,10 @@ class Scene:
         if rng.random() < 0.03:
             forged = KeyFormat().mint("prod", tag=lambda _: 0x1234).reveal()
             return Asked(forged, inside=True, needs="", malformed=True)
-        existing = list(self.truth.keys)
-        texts = existing if existing and rng.random() < 0.75 else [*self.pool, *self.strangers]
+        luck = rng.random()
+        texts = list(self.truth.keys)[-4:] if luck < 0.5 else list(self.truth.keys) if luck < 0.8 else []
         needs = rng.choice(("", "", "", "contrats:lecture", "contrats:écriture"))
-        return Asked(rng.choice(texts), inside=rng.random() < 0.7, needs=needs)
+        return Asked(rng.choice(texts or [*self.pool, *self.strangers]), inside=rng.random() < 0.7, needs=needs)
 
     # the invariants
 
@@ -455,8 +465,7 @@ class Scene:
         said = f"{app.process.name} says {answer}, which was not so within the bound: {sorted(right)}"
         if answer != "accept":
             raise Violation("c" if "accept" in right else "f", said)
-        ever = self.truth.answers(asked, float("-inf"), until, [offset for _, offset in app.clock.offsets])
-        raise Violation("a" if "accept" in ever else "b", said)
+        raise Violation("a" if self.truth.ever_valid(asked.text) else "b", said)
 
     def check_statuses(self) -> None:
         """Invariant (d): the store says what administration has said, and nothing else."""
@@ -524,4 +533,6 @@ def run(seed: int, bug: Bug | None = None, *, traced: bool = False) -> Outcome:
             scene.run()
         except Violation as violation:
             return Outcome(violation, scene.judged, scene.world.trace)
+        finally:
+            scene.world.end()
         return Outcome(None, scene.judged, scene.world.trace)

@@ -152,7 +152,7 @@ class Network:
             delay = rng.choice((0.2, 0.5, 1.2, 2.5))
             self.fault(delay)
             return delay
-        return rng.uniform(0.0002, 0.01)
+        return rng.uniform(0.0002, 0.01 if rng.random() < 0.8 else 0.08)
 
     def _lost(self) -> bool:
         lost = self.cut or self._world.rng.random() < self._weather.loss

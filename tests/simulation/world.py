@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import heapq
+import inspect
 import itertools
 import random
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -32,6 +34,7 @@ class World:
         self.traced = traced
         self.trace: list[str] = []
         self.after_step: Callable[[], None] = lambda: None
+        self.tasks: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
         self._events: list[tuple[float, int, Callable[[], object]]] = []
         self._count = itertools.count()
 
@@ -51,6 +54,14 @@ class World:
             self.now, _, event = heapq.heappop(events)
             event()
             self.after_step()
+
+
+    def end(self) -> None:
+        """Take down what was never begun, so that nobody is warned of it."""
+        for task in list(self.tasks):
+            coroutine = task.get_coro()
+            if inspect.iscoroutine(coroutine) and inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
+                coroutine.close()
 
 
 class Loop(asyncio.AbstractEventLoop):
@@ -77,7 +88,9 @@ class Loop(asyncio.AbstractEventLoop):
         return asyncio.Future(loop=self)
 
     def create_task(self, coro: Any, **options: Any) -> asyncio.Task[Any]:
-        return asyncio.Task(coro, loop=self, **options)
+        task: asyncio.Task[Any] = asyncio.Task(coro, loop=self, **options)
+        self._process.world.tasks.add(task)
+        return task
 
     def call_soon(
         self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
@@ -223,14 +236,18 @@ class Lock:
     def __init__(self, process: Process) -> None:
         self._process = process
         self._taken = False
+        self._waiting: deque[Callable[[Any], None]] = deque()
 
     def __enter__(self) -> None:
         while self._taken:
-            self._process.sleep(0.001)
+            self._process.block(self._waiting.append)
         self._taken = True
 
     def __exit__(self, *exc_info: object) -> None:
         self._taken = False
+        if self._waiting:
+            wake = self._waiting.popleft()
+            self._process.world.after(0.0, lambda: wake(None))
 
 
 class ProcessClock:
