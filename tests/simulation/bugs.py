@@ -24,10 +24,20 @@ class NoEpochOnFill(Bug):
         cache, fill = app.cache, app.cache.fill
 
         def unstamped(
-            digest: bytes, standing: Standing, record: Record | None, epochs: Mapping[int, Epoch], **times: float
+            digest: bytes,
+            standing: Standing,
+            record: Record | None,
+            epochs: Mapping[int, Epoch],
+            **times: Any,
         ) -> Any:
             known = cache.epochs
-            return fill(digest, standing, record, {part: known.get(part, epoch) for part, epoch in epochs.items()}, **times)
+            return fill(
+                digest,
+                standing,
+                record,
+                {part: known.get(part, epoch) for part, epoch in epochs.items()},
+                **times,
+            )
 
         app.cache.fill = unstamped  # type: ignore[method-assign]  # the bug
 
@@ -40,10 +50,10 @@ class CacheIgnoresExpiry(Bug):
     def install(self, app: App) -> None:
         fill = app.cache.fill
 
-        def endless(digest: bytes, standing: Standing, *rest: Any, **times: float) -> Any:
+        def endless(digest: bytes, standing: Standing, *rest: Any, **times: Any) -> Any:
             return fill(digest, replace(standing, expires_at=None), *rest, **times)
 
-        app.cache.fill = endless  # type: ignore[method-assign]  # the bug
+        app.cache.fill = endless  # type: ignore[method-assign,assignment]  # the bug
 
 
 class _Adopting:

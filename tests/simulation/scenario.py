@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hmac
 import random
 import secrets
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from papaours_auth.verify import Claim
 from papaours_auth.watcher import Watcher
 
 from .oracle import Asked, KeyFacts, Truth, Violation
-from .server import Network, RemoteStore, Server, SimulatedFeed, Weather, backup
+from .server import PARTS, Network, RemoteStore, Server, SimulatedFeed, Weather, backup
 from .world import START, Lock, Process, ProcessClock, World
 
 DURATION = 12.0
@@ -100,6 +99,7 @@ class App:
             max_unknown=scene.limits.unknown,
             max_flights=scene.limits.flights,
             lifetime=scene.lifetime,
+            timeout=2.0,
             clock=self.clock,
         )
         self.cache = self.authenticator._cache
@@ -144,7 +144,9 @@ class App:
     def ask(self, asked: Asked) -> None:
         """Begin a verification, as a request would; sometimes its key is changed while it is under way."""
         if self.scene.rng.random() < self.scene.spite:
-            self.scene.world.after(self.scene.rng.choice((0.005, 0.02, 0.1, 0.3)), lambda: self.scene.toggle(asked.text))
+            self.scene.world.after(
+                self.scene.rng.choice((0.005, 0.02, 0.1, 0.3)), lambda: self.scene.toggle(asked.text)
+            )
         self.process.post(lambda: self._begin(asked))
 
     def _begin(self, asked: Asked) -> None:
@@ -177,6 +179,7 @@ class Faults:
     hold: float
     jump: float
     down: float
+    mute: float
     restore: float
 
 
@@ -194,9 +197,11 @@ class Scene:
         self.weather = Weather(self.world)
         self.limits = Limits(rng.choice((3, 100)), rng.choice((2, 100)), rng.choice((3, 1_000)))
         self.lifetime = rng.choice((1.0, 300.0, 300.0))
-        self.spite = rng.choice((0.0, 0.01, 0.04))
+        self.spite = rng.choice((0.0, 0.02, 0.1))
+        self.mortality = rng.choice((0.1, 0.3, 0.8))
+        self.zeal = rng.choice((0.3, 1.5))
         self.hold = rng.choice((0.0, 0.0, 0.002, 0.01))
-        self.faults = Faults(*(rng.choice((0.0, 0.0, 0.1, 0.4)) for _ in range(6)))
+        self.faults = Faults(*(rng.choice((0.0, 0.0, 0.1, 0.4)) for _ in range(7)))
         self.violation: Violation | None = None
         self.judged = 0
         self.pool = [self._text() for _ in range(10)]
@@ -237,7 +242,7 @@ class Scene:
         if not machines:
             return
         machine = machine or rng.choice(machines)
-        expires = START + self.world.now + rng.uniform(0.3, 8.0) if rng.random() < 0.3 else None
+        expires = START + self.world.now + rng.uniform(0.3, 10.0) if rng.random() < self.mortality else None
         bound = rng.random() < 0.2
         environment = "prod" if rng.random() < 0.9 else "test"
         options: dict[str, Any] = {
@@ -258,12 +263,19 @@ class Scene:
 
     def administer(self) -> None:
         """Make one change, unless the store is away."""
-        self.world.after(self.rng.expovariate(1.5), self.administer)
+        self.world.after(self.rng.expovariate(self.zeal), self.administer)
         if not self.server.up:
             return
         change = self.rng.choice(
-            (self.create_key, self._toggle_key, self._toggle_key, self._toggle_key, self._rotate, self._rename)
-            + (self._toggle_machine, self._toggle_machine, self._delete_machine, self._promote_pepper)
+            (
+                self.create_key,
+                *[self._toggle_key] * 3,
+                *[self._toggle_machine] * 2,
+                self._rotate,
+                self._rename,
+                self._delete_machine,
+                self._promote_pepper,
+            )
         )
         change(self.keys)
         self.check_statuses()
@@ -346,6 +358,7 @@ class Scene:
             (faults.hold, self._hold),
             (faults.jump, self._jump),
             (faults.down, self._go_down),
+            (faults.mute, self._mute),
             (faults.restore, self._restore),
         ):
             if rate:
@@ -382,9 +395,15 @@ class Scene:
         app.process.hold(seconds)
 
     def _jump(self) -> None:
-        app, seconds = self.rng.choice(self.apps), self.rng.choice((-3.0, -1.0, -0.03, 0.03, 1.0, 3.0))
+        app, seconds = self.rng.choice(self.apps), self.rng.choice((-8.0, -1.0, -0.03, 0.03, 3.0, 8.0))
         self.world.note(lambda: f"the wall clock of {app.process.name} jumps by {seconds} s")
         app.clock.jump(seconds)
+
+    def _mute(self) -> None:
+        app, part = self.rng.choice(self.apps), self.rng.randrange(PARTS + 1)
+        if self.partitioned:
+            self.world.note(lambda: f"{app.process.name} hears nothing of part {part} for 4 s")
+            app.network.mute(part, 4.0)
 
     def _everyone(self, lasting: float = 0.0) -> None:
         for app in self.apps:
@@ -431,7 +450,9 @@ class Scene:
         luck = rng.random()
         texts = list(self.truth.keys)[-4:] if luck < 0.5 else list(self.truth.keys) if luck < 0.8 else []
         needs = rng.choice(("", "", "", "contrats:lecture", "contrats:écriture"))
-        return Asked(rng.choice(texts or [*self.pool, *self.strangers]), inside=rng.random() < 0.7, needs=needs)
+        return Asked(
+            rng.choice(texts or [*self.pool, *self.strangers]), inside=rng.random() < 0.7, needs=needs
+        )
 
     # the invariants
 
@@ -460,7 +481,9 @@ class Scene:
         right = self.truth.answers(asked, since, until, offsets)
         if answer in right:
             if identity is not None and identity.key.name not in right[answer]:
-                raise Violation("a", f"an identity is called {identity.key.name}, and was not within the bound")
+                raise Violation(
+                    "a", f"an identity is called {identity.key.name}, and was not within the bound"
+                )
             return
         said = f"{app.process.name} says {answer}, which was not so within the bound: {sorted(right)}"
         if answer != "accept":

@@ -124,6 +124,7 @@ class Weather:
         rng = world.rng
         self.loss = rng.choice((0.0, 0.0, 0.02, 0.1, 0.3))
         self.slow = rng.choice((0.0, 0.02, 0.1, 0.3))
+        self.brisk = rng.choice((0.5, 0.8, 0.95))
         self.double = rng.choice((0.0, 0.1))
         self.deaf = rng.choice((0.0, 0.1, 0.5, 1.0))
         self.patience = rng.choice((0.5, 1.0, 4.0))
@@ -141,6 +142,7 @@ class Network:
         self.cut = False
         self.last_fault = float("-inf")
         self.feeds: list[SimulatedFeed] = []
+        self.muted: dict[int, float] = {}
         process.on_hold = self.fault
 
     def fault(self, lasting: float = 0.0) -> None:
@@ -152,7 +154,7 @@ class Network:
             delay = rng.choice((0.2, 0.5, 1.2, 2.5))
             self.fault(delay)
             return delay
-        return rng.uniform(0.0002, 0.01 if rng.random() < 0.8 else 0.08)
+        return rng.uniform(0.0002, 0.01 if rng.random() < self._weather.brisk else 0.15)
 
     def _lost(self) -> bool:
         lost = self.cut or self._world.rng.random() < self._weather.loss
@@ -211,7 +213,16 @@ class Network:
         if self.cut or self._world.rng.random() < self._weather.deaf:
             return
         for _ in range(1 + (self._world.rng.random() < self._weather.double)):
-            self._world.after(self._delay(), lambda: [feed.wake() for feed in self.feeds])
+            self._world.after(self._delay(), self._wake_feeds)
+
+    def _wake_feeds(self) -> None:
+        for feed in self.feeds:
+            feed.wake()
+
+    def mute(self, part: int, seconds: float) -> None:
+        """Let readings come without one part for a while."""
+        self.muted[part] = self._world.now + seconds
+        self.fault(seconds)
 
 
 def brief(result: object) -> str:
@@ -244,12 +255,10 @@ class SimulatedFeed:
         )
         if isinstance(answer, StoreUnavailable):
             raise answer
-        if isinstance(answer, Reading) and len(answer.news) > 1 and self.process.world.rng.random() < 0.1:
-            dropped = self.process.world.rng.choice(sorted(answer.news))  # this part could not be read
-            self.remote.network.fault()
-            return Reading(answer.installation, {p: n for p, n in answer.news.items() if p != dropped})
         assert isinstance(answer, Reading)
-        return answer
+        muted, now = self.remote.network.muted, self.process.world.now
+        heard = {part: news for part, news in answer.news.items() if muted.get(part, 0.0) <= now}
+        return Reading(answer.installation, heard)
 
     def wait(self, timeout: float) -> None:
         if not self._woken:

@@ -55,12 +55,14 @@ class World:
             event()
             self.after_step()
 
-
     def end(self) -> None:
         """Take down what was never begun, so that nobody is warned of it."""
         for task in list(self.tasks):
             coroutine = task.get_coro()
-            if inspect.iscoroutine(coroutine) and inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
+            if (
+                inspect.iscoroutine(coroutine)
+                and inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED
+            ):
                 coroutine.close()
 
 
@@ -92,7 +94,7 @@ class Loop(asyncio.AbstractEventLoop):
         self._process.world.tasks.add(task)
         return task
 
-    def call_soon(
+    def call_soon(  # type: ignore[override]  # generic over the arguments there
         self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
         handle = asyncio.Handle(callback, args, self, context)
@@ -100,16 +102,26 @@ class Loop(asyncio.AbstractEventLoop):
         self._plan()
         return handle
 
-    def call_later(
-        self, delay: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    def call_later(  # type: ignore[override]  # generic over the arguments there
+        self,
+        delay: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
         return self.call_at(self.time() + delay, callback, *args, context=context)
 
-    def call_at(
-        self, when: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    def call_at(  # type: ignore[override]  # generic over the arguments there
+        self,
+        when: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
         timer = asyncio.TimerHandle(when, callback, args, self, context)
-        self._process.world.at(when, lambda: None if timer.cancelled() else self._process.post(lambda: self._due(timer)))
+        self._process.world.at(
+            when, lambda: None if timer.cancelled() else self._process.post(lambda: self._due(timer))
+        )
         return timer
 
     def _due(self, timer: asyncio.TimerHandle) -> None:
@@ -162,7 +174,7 @@ class Process:
     def __init__(self, world: World, name: str, *, hold: float) -> None:
         self.world = world
         self.name = name
-        self.loop = Loop(self)
+        self.loop = Loop(self)  # type: ignore[abstract]  # what is needed is there
         self.dead = False
         self.held = False
         self.hold_probability = hold
