@@ -202,6 +202,7 @@ class Scene:
         self.zeal = rng.choice((0.3, 1.5))
         self.hold = rng.choice((0.0, 0.0, 0.002, 0.01))
         self.faults = Faults(*(rng.choice((0.0, 0.0, 0.1, 0.4)) for _ in range(7)))
+        self.bound = MAX_STALENESS  # an app that serves from the cache through outages promises another
         self.violation: Violation | None = None
         self.judged = 0
         self.pool = [self._text() for _ in range(10)]
@@ -476,7 +477,7 @@ class Scene:
 
     def _check_answer(self, app: App, asked: Asked, answer: str, identity: Identity | None) -> None:
         until = app.process.last_reading
-        since = until - MAX_STALENESS - EPSILON
+        since = until - self.bound - EPSILON
         offsets = app.clock.since(since)
         right = self.truth.answers(asked, since, until, offsets)
         if answer in right:
