@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from greenlet import getcurrent, greenlet
+from greenlet import GreenletExit, getcurrent, greenlet
 
 _T = TypeVar("_T")
 START = 1_790_000_000.0
@@ -34,6 +34,8 @@ class World:
         self.traced = traced
         self.trace: list[str] = []
         self.after_step: Callable[[], None] = lambda: None
+        self.processes: list[Process] = []
+        self.suspended: set[greenlet] = set()
         self.tasks: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
         self._events: list[tuple[float, int, Callable[[], object]]] = []
         self._count = itertools.count()
@@ -56,7 +58,12 @@ class World:
             self.after_step()
 
     def end(self) -> None:
-        """Take down what was never begun, so that nobody is warned of it."""
+        """Take down what still waits (its stack would never be freed) and what was never begun."""
+        self._events.clear()
+        for process in self.processes:
+            process.dead = True
+        while self.suspended:
+            self.suspended.pop().throw()
         for task in list(self.tasks):
             coroutine = task.get_coro()
             if (
@@ -160,12 +167,14 @@ class Loop(asyncio.AbstractEventLoop):
 
     def _run(self) -> None:
         asyncio._set_running_loop(self)
-        while self._ready:
-            handle = self._ready.popleft()
-            if not handle.cancelled():
-                handle._run()
-        self._planned = False
-        asyncio._set_running_loop(None)
+        try:
+            while self._ready and not self._process.dead:
+                handle = self._ready.popleft()
+                if not handle.cancelled():
+                    handle._run()
+        finally:
+            self._planned = False
+            asyncio._set_running_loop(None)
 
 
 class Process:
@@ -182,6 +191,7 @@ class Process:
         """When (true time) a clock was last read: what the guarantee speaks of."""
         self.on_hold: Callable[[float], None] = lambda seconds: None
         self._backlog: deque[Callable[[], None]] = deque()
+        world.processes.append(self)
 
     def post(self, entry: Callable[[], None]) -> None:
         """Let something happen in this process: at once, or when it goes on."""
@@ -200,7 +210,17 @@ class Process:
         """Wait, in blocking code, for what ``begin`` was given to call with an answer."""
         waiting = getcurrent()
         begin(lambda answer: self.post(lambda: waiting.switch(answer)))
-        return self.world.hub.switch()
+        return self._suspend()
+
+    def _suspend(self) -> Any:
+        here = getcurrent()
+        if self.dead:
+            raise GreenletExit
+        self.world.suspended.add(here)
+        try:
+            return self.world.hub.switch()
+        finally:
+            self.world.suspended.discard(here)
 
     def sleep(self, seconds: float) -> None:
         self.block(lambda wake: self.world.after(seconds, lambda: wake(None)))
@@ -221,7 +241,7 @@ class Process:
         """Called at each clock reading, the right moment to be held."""
         self.last_reading = self.world.now
         here = getcurrent()
-        if here is not self.world.hub and self.world.rng.random() < self.hold_probability:
+        if here is not self.world.hub and not self.dead and self.world.rng.random() < self.hold_probability:
             self._held_at_reading(here)
 
     def _held_at_reading(self, here: greenlet) -> None:
@@ -235,11 +255,13 @@ class Process:
             asyncio._set_running_loop(None)
         self._backlog.appendleft(lambda: cast("None", here.switch()))
         self.hold(seconds)
-        self.world.hub.switch()
-        if running:
-            asyncio._set_running_loop(self.loop)
-            if task is not None:
-                asyncio.tasks._enter_task(self.loop, task)
+        try:
+            self._suspend()
+        finally:
+            if running:
+                asyncio._set_running_loop(self.loop)
+                if task is not None:
+                    asyncio.tasks._enter_task(self.loop, task)
 
 
 class Lock:
