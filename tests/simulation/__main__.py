@@ -38,8 +38,9 @@ def main() -> int:
     chunks = [range(start, min(start + 50, last)) for start in range(options.first, last, 50)]
     with ProcessPoolExecutor(options.jobs) as pool:
         found = [one for chunk in pool.map(failing, chunks, repeat(options.bug)) for one in chunk]
+    bug = f" ARGS='--bug {options.bug}'" if options.bug else ""
     for seed, violation in found[:20]:
-        print(f"{violation}\n    replay it with: make simulate SEED={seed}")
+        print(f"{violation}\n    replay it with: make simulate SEED={seed}{bug}")
     spent = time.perf_counter() - began
     print(f"{options.count} seeds, {len(found)} fail; {options.count / spent:.0f} seeds a second")
     return 1 if found else 0
