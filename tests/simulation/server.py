@@ -40,9 +40,18 @@ class PartitionedStore(MemoryStore):
 
     def _append(self, author: Any, kind: str, subject: str, before: Any, after: Any) -> None:
         super()._append(author, kind, subject, before, after)
-        part = self.part_of.get(subject, PARTS)
+        self._append_to(self.part_of.get(subject, PARTS))
+
+    def _append_to(self, part: int) -> None:
         self.tips[part] = next_epoch(self.tips[part])
         self.logs[part].append(self._log[-1]._replace(epoch=self.tips[part]))
+
+    def delete_machine(self, machine_id: str, author: Any) -> None:
+        """Delete it, and say so in every part that loses keys: else a restore of that part goes unseen."""
+        parts = {self.part_of[key.id] for key in self.keys(machine_id=machine_id)}
+        super().delete_machine(machine_id, author)
+        for part in sorted(parts):
+            self._append_to(part)
 
     def find_key(self, claim: Claim) -> Found:
         """The first step: the key, with a machine that is not to be believed."""
