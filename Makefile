@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all test-lowest check bench clean
+.PHONY: demo test test-all test-lowest check simulate bench clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/papaours-auth demo $(if $(KEEP),--keep)
@@ -32,6 +32,10 @@ check: $(VENV)/.check
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report
 	@sh tests/built-wheel.sh $(BIN)/python
+
+# The fault simulation: COUNT seeds, or the one named SEED with all that happens in it.
+simulate: $(VENV)/.test
+	@PYTHONPATH=tests $(BIN)/python -m simulation $(if $(SEED),--seed $(SEED),--count $(or $(COUNT),10000)) $(ARGS)
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/floor.py

@@ -5,17 +5,29 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from papaours_auth import ConfigurationError, Identity, Keys, Reason, StoreUnavailable
+from papaours_auth import (
+    Authenticator,
+    ConfigurationError,
+    Identity,
+    Keys,
+    Reason,
+    Refused,
+    StoreUnavailable,
+    parse_peppers,
+)
 from papaours_auth.exceptions import UnreadableRecord
 from papaours_auth.outage import FIRST_RETRY, LAST_RETRY, LAST_RETRY_WATCHED, Breaker
-from papaours_auth.stores import Found
+from papaours_auth.stores import Found, Reading
 from papaours_auth.verify import Claim
-from support.doors import Door, Spy, open_door
+from support.doors import Door, Gate, Later, Spy, open_door
 from support.servers import wait_until
+
+from conftest import PEPPER
 
 if TYPE_CHECKING:
     from conftest import ManualClock
@@ -90,6 +102,37 @@ def test_beside_a_watcher_calls_try_less_often(clock: ManualClock) -> None:
         breaker.check()
         with pytest.raises(StoreUnavailable):
             breaker.check()  # one call at a time
+
+
+def test_pitfall_21_a_store_that_is_slow_at_the_start_is_waited_for_once(
+    opens: Callable[..., Door], spy: Spy, seed: str
+) -> None:
+    """And not by one caller after the other."""
+    opens()
+    gate = Gate()
+    reads: list[object] = []
+
+    def slow(ask: Callable[[], Reading]) -> Reading:
+        reads.append(ask)
+        gate.hold()
+        raise StoreUnavailable("timed out")
+
+    spy.on_read = slow
+    ring = parse_peppers(PEPPER)
+    authenticator = Authenticator(spy.store, environment="prod", peppers=ring)
+
+    def knock(key: str) -> Reason:
+        with pytest.raises(Refused) as refusal:
+            authenticator.authenticate(key)
+        return refusal.value.reason
+
+    callers = [Later(partial(knock, f"{STRANGER}{number}")) for number in range(20)]
+    assert gate.reached.acquire(timeout=30)
+    wait_until(lambda: len(authenticator._under_way) == 20, 10, what="all to be under way")
+    gate.open()
+    assert {caller.answer() for caller in callers} == {Reason.STORE_UNAVAILABLE}
+    assert len(reads) == 1
+    authenticator.close()
 
 
 def test_a_try_that_never_ends_does_not_keep_others_from_trying(clock: ManualClock) -> None:

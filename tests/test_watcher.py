@@ -159,6 +159,29 @@ def test_trust_counts_from_when_a_reading_was_sent_and_not_from_when_it_came_bac
     assert feed.closed
 
 
+class Interrupted:
+    """Clocks of a process that is held for five seconds after each reading of its monotonic one."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def monotonic(self) -> float:
+        self.now += 5.0
+        return self.now - 5.0
+
+    def time(self) -> float:
+        return 1_790_000_000.0 + self.now
+
+
+def test_trust_is_no_younger_than_the_comparison_of_the_clocks(clock: ManualClock) -> None:
+    """Else a wall clock that jumps during a pause between the two is found out later than `max_staleness`."""
+    held = Interrupted()
+    cache = Cache(clock=held, max_staleness=2.0, max_known=1, max_unknown=1, lifetime=1.0)
+    began = held.now
+    Watcher(cache, Slow(clock), held, max_staleness=2.0).poll()
+    assert cache.trusted_until == began + 2.0
+
+
 # feeds, memory and SQLite
 
 

@@ -127,6 +127,7 @@ class _Engine(Generic[_F]):
 
     def _reset(self) -> None:
         self._starting = threading.Lock()
+        self._first_reading = threading.Lock()  # held while the store is asked, unlike the other
         self._ring_changes = 0
         self._bound_after: int | None = None  # so many of them
         self._primary_missing = False
@@ -248,8 +249,14 @@ class _Engine(Generic[_F]):
 
     def _start_watching(self) -> None:
         """Start the watcher's thread, after one reading in this thread so that fills are kept at once."""
-        if self._watch and (self._watcher is None or not self._watcher.alive):
-            self.refresh()
+        failures = self._breaker.failures
+        with self._first_reading:
+            if not self._watch or (self._watcher is not None and self._watcher.alive):
+                return
+            if self._breaker.failures != failures:  # of whom we waited for: a slow store is waited for once
+                raise StoreUnavailable(self._breaker.error)
+            with self._breaker:
+                self.refresh()
             with self._starting:
                 if self._watcher is not None:
                     self._watcher.start()

@@ -56,6 +56,7 @@ class Breaker:
         self._retry = FIRST_RETRY
         self._retry_at = 0.0
         self.is_open = False
+        self.failures = 0
         self.outages = 0
         self.error = ""
 
@@ -78,6 +79,7 @@ class Breaker:
     def failed(self, error: Exception) -> None:
         """Open, or stay open for longer."""
         self.error = str(error)
+        self.failures += 1
         self._retry_at = self._monotonic() + self._retry
         self._retry = min(self._retry * 2, self._last_retry)
         if not self.is_open:

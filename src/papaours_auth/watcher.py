@@ -44,8 +44,8 @@ class Watcher:
     def poll(self) -> None:
         """Read the feed once and apply it. Raises `StoreUnavailable`; trust is then left to run out."""
         with self._polling:
+            sent = self._clock.monotonic()  # before the clocks are compared: trust speaks of both
             self._cache.check_clock()
-            sent = self._clock.monotonic()
             self._cache.apply(self._feed.read(self._cache.epochs), sent=sent)
 
     def wake(self) -> None:

@@ -1,0 +1,1 @@
+"""The deterministic fault simulation. What it is and how a seed replays: docs/design/simulation.md."""

@@ -1,0 +1,562 @@
+"""One seed: processes that verify, an administrator who changes, faults between them, and the invariants."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import random
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+from unittest import mock
+
+from papaours_auth import AsyncAuthenticator, Identity, KeyFormat, Keys, Refused, parse_peppers
+from papaours_auth import authenticator as authenticator_module
+from papaours_auth.cache import Cache, Clock
+from papaours_auth.stores import Author, Feed, PepperRecord
+from papaours_auth.stores.memory import MemoryStore
+from papaours_auth.verify import Claim
+from papaours_auth.watcher import Watcher
+
+from .oracle import Asked, KeyFacts, Truth, Violation
+from .server import PARTS, Network, RemoteStore, Server, SimulatedFeed, Weather, backup
+from .world import START, Lock, Process, ProcessClock, World
+
+DURATION = 12.0
+MAX_STALENESS = 2.0
+EPSILON = 1e-6
+RING = parse_peppers(
+    ",".join(f"p{n}:{base64.urlsafe_b64encode(bytes(range(n, n + 32))).decode()}" for n in (1, 2))
+)
+ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
+
+
+class Bug:
+    """A deliberate mistake, put into a simulated process. Without one: this class, which does nothing."""
+
+    invariant = ""
+
+    def install(self, app: App) -> None:
+        """Break a process that has just begun."""
+
+    def feed(self, feed: SimulatedFeed) -> Feed:
+        """Break its feed."""
+        return feed
+
+    def accepted(self, app: App, identity: Identity) -> None:
+        """Do what must not be done when a key was let in."""
+
+
+class SimulatedWatcher(Watcher):
+    """The real watcher; its thread is a greenlet, and its lock lets the others run."""
+
+    def __init__(self, cache: Cache, feed: Feed, clock: Clock, *, max_staleness: float) -> None:
+        super().__init__(cache, feed, clock, max_staleness=max_staleness)
+        self.process: Process = feed.process  # type: ignore[attr-defined]  # a simulated feed, or a bug's
+        self._polling = Lock(self.process)  # type: ignore[assignment]  # as far as it is used
+        self._started = False
+
+    @property
+    def alive(self) -> bool:
+        return self._started
+
+    def start(self) -> None:
+        if not self._started:
+            self._started = True
+            self.process.spawn(self._run)
+
+
+class Limits(NamedTuple):
+    """Bounds small enough to be met."""
+
+    known: int
+    unknown: int
+    flights: int
+
+
+class App:
+    """A process with its authenticator, from its start to its crash."""
+
+    def __init__(self, scene: Scene, name: str) -> None:
+        self.scene = scene
+        world = scene.world
+        self.process = Process(world, name, hold=scene.hold)
+        self.clock = ProcessClock(self.process, world.rng.uniform(-0.02, 0.02))
+        self.network = Network(self.process, scene.server, scene.weather)
+        self.network.fault()
+        self.store = RemoteStore(self.process, scene.server, self.network)
+        self.store.break_feed = scene.bug.feed
+        self.store.on_lookup = self._looks_up
+        self.authenticator = AsyncAuthenticator(
+            self.store,
+            environment="prod",
+            peppers=RING,
+            max_staleness=MAX_STALENESS,
+            max_known=scene.limits.known,
+            max_unknown=scene.limits.unknown,
+            max_flights=scene.limits.flights,
+            lifetime=scene.lifetime,
+            timeout=2.0,
+            clock=self.clock,
+        )
+        self.cache = self.authenticator._cache
+        self.changes = 0
+        self.looking = 0
+        self.latest: dict[object, tuple[asyncio.Task[Any], int]] = {}
+        self.cache.on_change.append(self._count_change)
+        self._take_off = self.authenticator._take_off
+        self.authenticator._take_off = self._takes_off  # type: ignore[method-assign]  # to look on
+        scene.bug.install(self)
+
+    def _count_change(self) -> None:
+        self.changes += 1
+
+    def _takes_off(self, name: object, flight: asyncio.Task[Any]) -> None:
+        before, changes = self.latest.get(name, (flight, -1))
+        if changes == self.changes and not before.done():
+            raise Violation("e", f"{self.process.name} has two flights for one key")
+        self.latest[name] = flight, self.changes
+        self._take_off(name, flight)
+
+    def _looks_up(self, claim: Claim) -> Callable[[], None]:
+        self.looking += 1
+        if self.looking > self.scene.limits.flights:
+            raise Violation("e", f"{self.process.name} has more lookups under way than max_flights")
+
+        def landed() -> None:
+            self.looking -= 1
+
+        return landed
+
+    def check_bounds(self) -> None:
+        """Invariant (e), after every step."""
+        cache, limits = self.cache, self.scene.limits
+        if len(cache.entries) > limits.known or len(cache.unknown) > limits.unknown:
+            raise Violation("e", f"{self.process.name} keeps more entries than it may")
+        if len(cache._by_key) > len(cache.entries) or len(cache._by_machine) > len(cache.entries):
+            raise Violation("e", f"{self.process.name} indexes what it no longer keeps")
+        if len(self.authenticator._under_way) > limits.flights:
+            raise Violation("e", f"{self.process.name} has more flights under way than max_flights")
+
+    def ask(self, asked: Asked) -> None:
+        """Begin a verification, as a request would; sometimes its key is changed while it is under way."""
+        if self.scene.rng.random() < self.scene.spite:
+            self.scene.world.after(
+                self.scene.rng.choice((0.005, 0.02, 0.1, 0.3)), lambda: self.scene.toggle(asked.text)
+            )
+        self.process.post(lambda: self._begin(asked))
+
+    def _begin(self, asked: Asked) -> None:
+        task = self.process.loop.create_task(self._verify(asked))
+        if self.scene.world.rng.random() < 0.03:  # the client goes away
+            self.process.loop.call_later(self.scene.world.rng.uniform(0, 0.02), task.cancel)
+
+    async def _verify(self, asked: Asked) -> None:
+        began = self.scene.world.now
+        client = "192.0.2.7" if asked.inside else "198.51.100.1"
+        try:
+            identity = await self.authenticator.authenticate(asked.text, client=client, needs=asked.needs)
+        except Refused as refused:
+            self.scene.judge(self, asked, refused.reason.value, None, began)
+        except asyncio.CancelledError:
+            raise
+        except Violation as violation:
+            self.scene.violation = self.scene.violation or violation
+        else:
+            self.scene.judge(self, asked, "accept", identity, began)
+            self.scene.bug.accepted(self, identity)
+
+
+@dataclass
+class Faults:
+    """How often what happens to processes and server, a second. Drawn once a seed."""
+
+    cut: float
+    crash: float
+    hold: float
+    jump: float
+    down: float
+    mute: float
+    restore: float
+
+
+class Scene:
+    """Everything of one seed."""
+
+    def __init__(self, seed: int, bug: Bug, *, traced: bool = False) -> None:
+        self.rng = rng = random.Random(seed)
+        self.bug = bug
+        self.world = World(rng, traced=traced)
+        self.partitioned = rng.random() < 0.5
+        self.server = Server(partitioned=self.partitioned)
+        self.server.on_step = self.check_statuses
+        self.truth = Truth(self.partitioned)
+        self.weather = Weather(self.world)
+        self.limits = Limits(rng.choice((3, 100)), rng.choice((2, 100)), rng.choice((3, 1_000)))
+        self.lifetime = rng.choice((1.0, 300.0, 300.0))
+        self.spite = rng.choice((0.0, 0.02, 0.1))
+        self.mortality = rng.choice((0.1, 0.3, 0.8))
+        self.zeal = rng.choice((0.3, 1.5))
+        self.hold = rng.choice((0.0, 0.0, 0.002, 0.01))
+        self.faults = Faults(*(rng.choice((0.0, 0.0, 0.1, 0.4)) for _ in range(7)))
+        self.bound = MAX_STALENESS  # an app that serves from the cache through outages promises another
+        self.violation: Violation | None = None
+        self.judged = 0
+        self.pool = [self._text() for _ in range(10)]
+        self.strangers = [self._text() for _ in range(6)]
+        self.backups: list[tuple[MemoryStore, Any]] = []
+        self._prepare()
+        self.apps = [App(self, f"process {n}") for n in range(1, 4)]
+        self.world.after_step = self._check
+
+    def _text(self) -> str:
+        return f"pk_{self.rng.choice(('prod', 'prod', 'test'))}_" + "".join(self.rng.choices(ALPHABET, k=18))
+
+    # the administrator
+
+    @property
+    def keys(self) -> Keys:
+        return Keys(self.server.store, peppers=RING, clock=ServerClock(self.world))
+
+    def _prepare(self) -> None:
+        keys = self.keys
+        store = self.server.store
+        second = RING.peppers[1]
+        proof = second.proof(store.describe().installation)
+        store.add_pepper(PepperRecord(second.id, proof, "accept"), Author("simulation", datetime.now(UTC)))
+        for _ in range(3):
+            self.create_machine(keys)
+        for _ in range(4):
+            self.create_key(keys)
+
+    def create_machine(self, keys: Keys) -> None:
+        machine = keys.create_machine("Machine", organisation="cfa", rights=["contrats:lecture"])
+        self.truth.set_machine(self.world.now, machine.id, active=True)
+
+    def create_key(self, keys: Keys, *, machine: str | None = None) -> None:
+        rng = self.rng
+        free = [text for text in self.pool if text not in self.truth.existing()]
+        machines = [id_ for id_, history in self.truth.machines.items() if history.last is not None]
+        if not machines:
+            return
+        machine = machine or rng.choice(machines)
+        expires = START + self.world.now + rng.uniform(0.3, 10.0) if rng.random() < self.mortality else None
+        bound = rng.random() < 0.2
+        environment = "prod" if rng.random() < 0.9 else "test"
+        options: dict[str, Any] = {
+            "name": f"K{rng.randrange(10_000)}",
+            "environment": environment,
+            "expires": None if expires is None else datetime.fromtimestamp(expires, UTC),
+            "networks": ["192.0.2.0/24"] if bound else [],
+        }
+        if free and rng.random() < 0.7:
+            text = rng.choice(free)
+            key = keys.import_key(machine, text, **options)
+        else:
+            key, secret = (new := keys.create_key(machine, **options)).key, new.secret
+            text = secret.reveal()
+        facts = KeyFacts(key.id, key.name, machine, environment, expires=expires, bound=bound)
+        self.truth.set_key(self.world.now, text, facts)
+        self.world.note(lambda: f"the administrator adds {facts}")
+
+    def administer(self) -> None:
+        """Make one change, unless the store is away."""
+        self.world.after(self.rng.expovariate(self.zeal), self.administer)
+        if not self.server.up:
+            return
+        change = self.rng.choice(
+            (
+                self.create_key,
+                *[self._toggle_key] * 3,
+                *[self._toggle_machine] * 2,
+                self._rotate,
+                self._rename,
+                self._delete_machine,
+                self._promote_pepper,
+            )
+        )
+        change(self.keys)
+        self.check_statuses()
+        self.announce()
+
+    def announce(self) -> None:
+        for app in self.apps:
+            app.network.announce()
+
+    def _some_key(self) -> tuple[str, KeyFacts] | None:
+        existing = list(self.truth.existing().items())
+        return self.rng.choice(existing) if existing else None
+
+    def _set_active(self, keys: Keys, text: str, facts: KeyFacts, *, active: bool) -> None:
+        (keys.enable_key if active else keys.disable_key)(facts.id)
+        self.truth.set_key(self.world.now, text, replace(facts, active=active))
+        self.world.note(lambda: f"the administrator sets {facts.name} active={active}")
+
+    def _toggle_key(self, keys: Keys) -> None:
+        if chosen := self._some_key():
+            self._set_active(keys, *chosen, active=not chosen[1].active)
+
+    def toggle(self, text: str) -> None:
+        """Disable or enable the key of this text, where there is one."""
+        facts = self.truth.existing().get(text)
+        if facts is not None and self.server.up:
+            self._set_active(self.keys, text, facts, active=not facts.active)
+            self.announce()
+
+    def _rotate(self, keys: Keys) -> None:
+        """Make a replacement now, and disable the old key later."""
+        if not (chosen := self._some_key()):
+            return
+        text, facts = chosen
+        self.create_key(keys, machine=facts.machine)
+        self.world.after(self.rng.uniform(0.1, 3.0), lambda: self._retire(text, facts.id))
+
+    def _retire(self, text: str, key_id: str) -> None:
+        facts = self.truth.existing().get(text)
+        if facts is not None and facts.id == key_id and self.server.up:
+            self._set_active(self.keys, text, facts, active=False)
+            self.announce()
+
+    def _rename(self, keys: Keys) -> None:
+        if chosen := self._some_key():
+            text, facts = chosen
+            renamed = replace(facts, name=f"K{self.rng.randrange(10_000)}")
+            keys.rename_key(facts.id, renamed.name)
+            self.truth.set_key(self.world.now, text, renamed)
+
+    def _toggle_machine(self, keys: Keys) -> None:
+        alive = [(id_, h.last) for id_, h in self.truth.machines.items() if h.last is not None]
+        if alive:
+            id_, active = self.rng.choice(alive)
+            (keys.disable_machine if active else keys.enable_machine)(id_)
+            self.truth.set_machine(self.world.now, id_, active=not active)
+            self.world.note(lambda: f"the administrator sets machine {id_} active={not active}")
+
+    def _delete_machine(self, keys: Keys) -> None:
+        alive = [id_ for id_, history in self.truth.machines.items() if history.last is not None]
+        if len(alive) > 1 and self.rng.random() < 0.3:
+            id_ = self.rng.choice(alive)
+            self.server.store.delete_machine(id_, Author("simulation", datetime.now(UTC)))
+            self.truth.set_machine(self.world.now, id_, None)
+            self.create_machine(keys)
+            self.world.note(lambda: f"the administrator deletes machine {id_}")
+
+    def _promote_pepper(self, keys: Keys) -> None:
+        pepper = self.rng.choice(RING.peppers).id
+        self.server.store.set_pepper_status(pepper, "primary", Author("simulation", datetime.now(UTC)))
+        self.world.note(lambda: f"the administrator makes pepper {pepper} primary")
+
+    # faults
+
+    def plan_faults(self) -> None:
+        faults = self.faults
+        for rate, event in (
+            (faults.cut, self._cut),
+            (faults.crash, self._crash),
+            (faults.hold, self._hold),
+            (faults.jump, self._jump),
+            (faults.down, self._go_down),
+            (faults.mute, self._mute),
+            (faults.restore, self._restore),
+        ):
+            if rate:
+                self._again(rate, event)
+
+    def _again(self, rate: float, event: Callable[[], None]) -> None:
+        def happen() -> None:
+            event()
+            self._again(rate, event)
+
+        self.world.after(self.rng.expovariate(rate), happen)
+
+    def _cut(self) -> None:
+        app, seconds = self.rng.choice(self.apps), self.rng.choice((0.3, 1.0, 2.5, 5.0))
+        self.world.note(lambda: f"{app.process.name} is cut off for {seconds} s")
+        app.network.cut = True
+        app.network.fault(seconds)
+
+        def mend() -> None:
+            app.network.cut = False
+
+        self.world.after(seconds, mend)
+
+    def _crash(self) -> None:
+        place = self.rng.randrange(len(self.apps))
+        app = self.apps[place]
+        self.world.note(lambda: f"{app.process.name} crashes and begins anew")
+        app.process.dead = True
+        self.apps[place] = App(self, app.process.name)
+
+    def _hold(self) -> None:
+        app, seconds = self.rng.choice(self.apps), self.rng.choice((0.1, 0.6, 1.5, 2.1, 4.0))
+        self.world.note(lambda: f"{app.process.name} stands still for {seconds} s")
+        app.process.hold(seconds)
+
+    def _jump(self) -> None:
+        app, seconds = self.rng.choice(self.apps), self.rng.choice((-8.0, -1.0, -0.03, 0.03, 3.0, 8.0))
+        self.world.note(lambda: f"the wall clock of {app.process.name} jumps by {seconds} s")
+        app.clock.jump(seconds)
+
+    def _mute(self) -> None:
+        app, part = self.rng.choice(self.apps), self.rng.randrange(PARTS + 1)
+        if self.partitioned:
+            self.world.note(lambda: f"{app.process.name} hears nothing of part {part} for 4 s")
+            app.network.mute(part, 4.0)
+
+    def _everyone(self, lasting: float = 0.0) -> None:
+        for app in self.apps:
+            app.network.fault(lasting)
+
+    def _go_down(self) -> None:
+        if not self.server.up:
+            return
+        seconds = self.rng.choice((0.2, 1.0, 3.0))
+        self.world.note(lambda: f"the store is away for {seconds} s")
+        self.server.up = False
+        self._everyone(seconds)
+
+        def come_back() -> None:
+            self.server.up = True
+            self._everyone()
+
+        self.world.after(seconds, come_back)
+
+    def _restore(self) -> None:
+        """Take a backup, or go back to one: an administrative act, after which the backup is the truth."""
+        if self.backups and self.server.up and self.rng.random() < 0.6:
+            store, truth = self.rng.choice(self.backups)
+            self.world.note(lambda: "the store is restored from a backup")
+            self.server.store = backup(store)
+            self.truth.restore(self.world.now, truth)
+            self._everyone()
+        else:
+            self.backups.append((backup(self.server.store), self.truth.snapshot()))
+
+    # verification
+
+    def load(self, place: int, rate: float) -> None:
+        """Let one process be asked, again and again; sometimes a burst of keys at once."""
+        self.world.after(self.rng.expovariate(rate), lambda: self.load(place, rate))
+        for _ in range(8 if self.rng.random() < 0.02 else 1):
+            self.apps[place].ask(self._question())
+
+    def _question(self) -> Asked:
+        rng = self.rng
+        if rng.random() < 0.03:
+            forged = KeyFormat().mint("prod", tag=lambda _: 0x1234).reveal()
+            return Asked(forged, inside=True, needs="", malformed=True)
+        luck = rng.random()
+        texts = list(self.truth.keys)[-4:] if luck < 0.5 else list(self.truth.keys) if luck < 0.8 else []
+        needs = rng.choice(("", "", "", "contrats:lecture", "contrats:écriture"))
+        return Asked(
+            rng.choice(texts or [*self.pool, *self.strangers]), inside=rng.random() < 0.7, needs=needs
+        )
+
+    # the invariants
+
+    def judge(self, app: App, asked: Asked, answer: str, identity: Identity | None, began: float) -> None:
+        """Hold an answer against the truth: invariants (a), (b), (c)."""
+        self.judged += 1
+        self.world.note(lambda: f"{app.process.name} answers {answer} to {asked}")
+        try:
+            if answer == "store_unavailable":
+                self._check_outage(app, began)
+            else:
+                self._check_answer(app, asked, answer, identity)
+        except Violation as violation:
+            self.violation = self.violation or violation
+
+    def _check_outage(self, app: App, began: float) -> None:
+        calm_since = app.network.last_fault + MAX_STALENESS + self.weather.patience
+        full = len(app.authenticator._under_way) >= self.limits.flights
+        if began > calm_since and not full:
+            raise Violation("c", f"{app.process.name} reports an outage of a store that answers")
+
+    def _check_answer(self, app: App, asked: Asked, answer: str, identity: Identity | None) -> None:
+        until = app.process.last_reading
+        since = until - self.bound - EPSILON
+        offsets = app.clock.since(since)
+        right = self.truth.answers(asked, since, until, offsets)
+        if answer in right:
+            if identity is not None and identity.key.name not in right[answer]:
+                raise Violation(
+                    "a", f"an identity is called {identity.key.name}, and was not within the bound"
+                )
+            return
+        said = f"{app.process.name} says {answer}, which was not so within the bound: {sorted(right)}"
+        if answer != "accept":
+            raise Violation("c" if "accept" in right else "f", said)
+        raise Violation("a" if self.truth.ever_valid(asked.text) else "b", said)
+
+    def check_statuses(self) -> None:
+        """Invariant (d): the store says what administration has said, and nothing else."""
+        store = self.server.store
+        said = {facts.id: facts.active for facts in self.truth.existing().values()}
+        found = {key.id: key.status == "active" for key in store._keys.values()}
+        machines = {id_: h.last for id_, h in self.truth.machines.items() if h.last is not None}
+        if said != found or machines != {m.id: m.status == "active" for m in store._machines.values()}:
+            self.violation = self.violation or Violation("d", "a status in the store is not administration's")
+
+    def _check(self) -> None:
+        for app in self.apps:
+            app.check_bounds()
+        if self.violation is not None:
+            raise self.violation
+
+    def run(self) -> None:
+        self.administer()
+        self.plan_faults()
+        rate = self.rng.choice((5.0, 10.0, 20.0))
+        for place in range(len(self.apps)):
+            self.load(place, rate)
+        self.world.run(DURATION)
+
+
+class ServerClock:
+    """The administrator's clock, which is right."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def monotonic(self) -> float:
+        return self._world.now
+
+    def time(self) -> float:
+        return START + self._world.now
+
+
+@contextmanager
+def determined(seed: int) -> Iterator[None]:
+    """Let ``secrets`` draw from the seed, and authenticators take the simulated watcher."""
+    rng = random.Random(~seed)
+    with (
+        mock.patch.object(secrets, "token_bytes", lambda size=32: rng.randbytes(size)),
+        mock.patch.object(secrets, "token_hex", lambda size=32: rng.randbytes(size).hex()),
+        mock.patch.object(secrets, "randbelow", rng.randrange),
+        mock.patch.object(authenticator_module, "Watcher", SimulatedWatcher),
+    ):
+        yield
+
+
+class Outcome(NamedTuple):
+    """What became of a seed."""
+
+    violation: Violation | None
+    judged: int
+    trace: list[str]
+
+
+def run(seed: int, bug: Bug | None = None, *, traced: bool = False) -> Outcome:
+    """Run one seed. The same seed does the same, to the last draw."""
+    with determined(seed):
+        scene = Scene(seed, bug or Bug(), traced=traced)
+        try:
+            scene.run()
+        except Violation as violation:
+            return Outcome(violation, scene.judged, scene.world.trace)
+        finally:
+            scene.world.end()
+        return Outcome(None, scene.judged, scene.world.trace)
