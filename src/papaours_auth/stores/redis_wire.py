@@ -69,11 +69,15 @@ class Node(NamedTuple):
 
 
 class Ask(NamedTuple):
-    """One round trip: commands for one node, all sent before the first reply is read."""
+    """One round trip: commands for one node, all sent before the first reply is read.
+
+    ``packed`` are the same commands as they are sent, where that is known already.
+    """
 
     node: Node
     commands: tuple[Command, ...]
     write: bool = False
+    packed: bytes | None = None
 
 
 class Unreachable(StoreUnavailable):
@@ -267,17 +271,20 @@ class Router:
         """Whether Sentinels say which node that is."""
         return self._place.kind == "sentinel"
 
-    def run(self, partition: int, *commands: Command, write: bool = False) -> Steps[list[Any]]:
+    def run(
+        self, partition: int, *commands: Command, write: bool = False, packed: bytes | None = None
+    ) -> Steps[list[Any]]:
         """Have the node of a partition answer. Raises `StoreUnavailable` for any error reply."""
         node = yield from self.locate(partition)
         asking = False
         for _ in range(_REDIRECTIONS):
             try:
-                replies = yield Ask(node, (("ASKING",), *commands) if asking else commands, write)
+                replies = yield Ask(node, (("ASKING",), *commands) if asking else commands, write, packed)
             except Unreachable as error:
                 node = yield from self._elsewhere(partition, node, error, write)
                 asking = False
                 continue
+            packed = None
             replies = replies[1:] if asking else replies
             problem = _problem(replies)
             if problem is None:
@@ -459,9 +466,9 @@ def connect(place: Place, node: Node, timeout: float) -> Link:
     return link
 
 
-def converse(link: Link, commands: Iterable[Command]) -> list[Any]:
+def converse(link: Link, commands: Iterable[Command], packed: bytes | None = None) -> list[Any]:
     """Send commands and read a reply for each. Error replies are among them, not raised."""
-    link.send_packed_command(link.pack_commands(commands))
+    link.send_packed_command([packed] if packed is not None else link.pack_commands(commands))
     replies = []
     for _ in commands:
         try:
@@ -516,7 +523,7 @@ class Wire:
                     self._prune()
                     link = connect(self._place, ask.node, self._timeout)
                 try:
-                    replies = converse(link, ask.commands)
+                    replies = converse(link, ask.commands, ask.packed)
                 except (RedisError, OSError) as error:
                     link.disconnect()
                     # One that lay idle while the server was restarted says nothing about the server.
@@ -671,7 +678,7 @@ class AsyncWire:
                     for other in [other for other in list(mine.idle) if not self._router.knows(other)]:
                         await mine.discard(other)
                     await link.connect()
-                replies = await _converse(link, ask.commands)
+                replies = await _converse(link, ask.commands, ask.packed)
                 done = True
             except (RedisError, OSError) as error:
                 if isinstance(error, TimeoutError) or fresh:
@@ -731,8 +738,8 @@ class AsyncWire:
 _abandoned: list[object] = []  # never finalized
 
 
-async def _converse(link: _AsyncLink, commands: Iterable[Command]) -> list[Any]:
-    await link.send_packed_command(link.pack_commands(commands))
+async def _converse(link: _AsyncLink, commands: Iterable[Command], packed: bytes | None) -> list[Any]:
+    await link.send_packed_command([packed] if packed is not None else link.pack_commands(commands))
     replies = []
     for _ in commands:
         try:
