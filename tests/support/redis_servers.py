@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -82,7 +81,7 @@ class RedisServer:
         try:
             with socket.create_connection((HOST, self.port), timeout=1) as connection:
                 connection.sendall(b"PING\r\n")
-                return connection.recv(64)[:1] in (b"+", b"-") and True
+                return connection.recv(64)[:1] in (b"+", b"-")
         except OSError:
             return False
 
@@ -167,8 +166,8 @@ def _whole(server: RedisServer) -> bool:
 @contextmanager
 def redis_sentinel(binary: str, folder: Path) -> Iterator[tuple[RedisServer, RedisServer, RedisServer]]:
     """Run a primary, a replica of it, and a Sentinel that calls them ``keys``."""
-    with redis_server(binary, folder / "primary") as primary:
-        following = ("--replicaof", f"{HOST} {primary.port}", "--repl-diskless-sync-delay", "0")
+    with redis_server(binary, folder / "primary", "--repl-diskless-sync-delay", "0") as primary:
+        following = ("--replicaof", f"{HOST} {primary.port}")
         with redis_server(binary, folder / "replica", *following) as replica:
             wait_until(lambda: _follows(replica), START_SECONDS, what="the replica to follow")
             watching = folder / "sentinel"
@@ -178,7 +177,6 @@ def redis_sentinel(binary: str, folder: Path) -> Iterator[tuple[RedisServer, Red
                 f"sentinel monitor keys {HOST} {primary.port} 1\n"
                 "sentinel down-after-milliseconds keys 500\nsentinel failover-timeout keys 3000\n"
             )
-            # `--save` is no option of a Sentinel: it has a command line of its own.
             with _sentinel(binary, configuration, watching) as sentinel:
                 wait_until(lambda: _sees_replica(sentinel), START_SECONDS, what="Sentinel to see the replica")
                 yield primary, replica, sentinel
@@ -186,7 +184,7 @@ def redis_sentinel(binary: str, folder: Path) -> Iterator[tuple[RedisServer, Red
 
 @contextmanager
 def _sentinel(binary: str, configuration: Path, folder: Path) -> Iterator[RedisServer]:
-    server = RedisServer(binary, folder)
+    server = RedisServer(binary, folder)  # whose options are not a Sentinel's
     server._command = [
         *(binary, str(configuration), "--sentinel", "--port", str(server.port), "--bind", HOST),
         *("--dir", str(folder), "--logfile", str(folder / "log")),
@@ -219,7 +217,3 @@ def primary_of(sentinel: RedisServer) -> int:
 
 def wait_for_failover(sentinel: RedisServer, former: RedisServer) -> None:
     wait_until(lambda: primary_of(sentinel) != former.port, START_SECONDS, what="a failover")
-
-
-def monotonic() -> float:
-    return time.monotonic()

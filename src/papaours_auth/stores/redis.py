@@ -24,8 +24,6 @@ from functools import lru_cache
 from socket import socket
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
-from redis.exceptions import RedisError
-
 from .._fork import hold_across_fork
 from ..digest import PepperStatus
 from ..exceptions import ConfigurationError, Conflict, NotFound, StoreUnavailable
@@ -68,6 +66,7 @@ from .redis_wire import (
     Wire,
     Word,
     connect,
+    hear,
     place_of,
     refused,
     script,
@@ -892,18 +891,14 @@ class _RedisFeed:
 
     def _hears(self, listener: tuple[Node, Link]) -> bool:
         """Take in announcements. A lost subscription is news too, after a short pause."""
-        heard = False
-        try:
-            while listener[1].can_read(timeout=0):
-                listener[1].read_response()
-                heard = True
-        except (RedisError, OSError):
-            with self._lock:
-                if self._listener is listener:
-                    self._hang_up()
-            self._rest(_RECONNECT)
-            return True
-        return heard
+        heard = hear(listener[1])
+        if heard is not None:
+            return heard
+        with self._lock:
+            if self._listener is listener:
+                self._hang_up()
+        self._rest(_RECONNECT)
+        return True
 
     def _hang_up(self) -> None:
         listener, self._listener = self._listener, None

@@ -478,6 +478,18 @@ def converse(link: Link, commands: Iterable[Command], packed: bytes | None = Non
     return replies
 
 
+def hear(link: Link) -> bool | None:
+    """Take in what a subscription has brought, and tell whether there was anything; None where it is lost."""
+    heard = False
+    try:
+        while link.can_read(timeout=0):
+            link.read_response()
+            heard = True
+    except (RedisError, OSError):
+        return None
+    return heard
+
+
 class Wire:
     """Carries steps out, blocking. Any number of threads; at most ``place.connections`` at once, others wait.
 
