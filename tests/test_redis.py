@@ -46,10 +46,14 @@ from support.redis_servers import (
     BINARIES,
     NEWEST,
     WHY_NOT,
+    Certificates,
     RedisServer,
+    free_port,
+    make_certificates,
     redis_cluster,
     redis_sentinel,
     redis_server,
+    speaks_tls,
     wait_for_failover,
 )
 from support.servers import wait_until
@@ -948,6 +952,60 @@ def test_what_nobody_closed_is_closed_with_it(house: House, ring: PepperRing) ->
         del store, feed
 
 
+# TLS
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return make_certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture
+def encrypted(tmp_path: Path, certificates: Certificates) -> Iterator[str]:
+    """The host and port of a server that also speaks TLS."""
+    binary = newest()
+    if not speaks_tls(binary):
+        pytest.skip("this Redis was built without TLS")
+    port = free_port()
+    options = (
+        *(
+            "--tls-port",
+            str(port),
+            "--tls-auth-clients",
+            "no",
+            "--tls-ca-cert-file",
+            str(certificates.authority),
+        ),
+        *("--tls-cert-file", str(certificates.certificate), "--tls-key-file", str(certificates.key)),
+    )
+    with redis_server(binary, tmp_path / "tls", *options):
+        yield f"127.0.0.1:{port}"
+
+
+def test_over_tls_everything_works_and_a_stranger_is_not_trusted(
+    encrypted: str, certificates: Certificates, ring: PepperRing
+) -> None:
+    with furnished(f"rediss://{encrypted}?ca_certs={certificates.authority}", ring) as house:
+        twin, feed = open_async_store(house.url), house.store.feed()
+
+        async def look() -> None:
+            assert (await twin.lookup(house.claim)).record is not None
+
+        asyncio.run(look())
+        assert house.found()
+        feed.read({})
+        house.change()
+        feed.wait(FOR_EVER)
+        feed.close()
+        asyncio.run(twin.aclose())
+    for url in (f"rediss://{encrypted}", f"rediss://{encrypted}?ca_certs={certificates.stranger}"):
+        with contextlib.closing(open_redis(url, False)) as store:
+            unavailable(store.describe, "cannot be trusted, or does not speak TLS")
+        twin = open_async_store(url)
+        unavailable(lambda twin=twin: asyncio.run(twin.describe()), "cannot be")  # type: ignore[misc]  # bound now
+        asyncio.run(twin.aclose())
+
+
 # Cluster
 
 
@@ -1004,11 +1062,10 @@ def test_a_cluster_that_lost_a_node_verifies_the_keys_of_the_others(
         asyncio.run(twin.aclose())
 
 
+@pytest.mark.parametrize("estate", ["cluster"], indirect=True)
 def test_slots_that_have_moved_are_asked_for_where_they_are(house: House, feed: Feed) -> None:
     """MOVED: the map of an app is as old as its last question."""
     router = house.store._router
-    if router.single:
-        pytest.skip("of Cluster alone")
     someone = router._nodes[0]
     for question in (house.found, lambda: len(feed.read({}).news) == 33, house.change):
         router._nodes = dict.fromkeys(range(33), someone)

@@ -14,10 +14,17 @@ import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import redis
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from .servers import wait_until
 
@@ -45,6 +52,11 @@ WHY_NOT = {
     "installed": "no redis-server or valkey-server on the PATH: apt-get install redis-server",
 }
 NEWEST = BINARIES["installed"] or BINARIES["6.2"]
+
+
+def speaks_tls(binary: str) -> bool:
+    """Tell whether a server was built with TLS: its options are in the binary then."""
+    return b"tls-auth-clients" in Path(binary).read_bytes()
 
 
 class RedisServer:
@@ -217,3 +229,44 @@ def primary_of(sentinel: RedisServer) -> int:
 
 def wait_for_failover(sentinel: RedisServer, former: RedisServer) -> None:
     wait_until(lambda: primary_of(sentinel) != former.port, START_SECONDS, what="a failover")
+
+
+class Certificates(NamedTuple):
+    """Files: an authority, a certificate by it for 127.0.0.1 with its key, and an authority that signed nothing."""
+
+    authority: Path
+    certificate: Path
+    key: Path
+    stranger: Path
+
+
+def make_certificates(folder: Path) -> Certificates:
+    authority_key, key, stranger_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(3))
+    paths = Certificates(*(folder / name for name in ("ca.pem", "server.pem", "server.key", "stranger.pem")))
+    for path, subject, signer in (
+        (paths.authority, authority_key, authority_key),
+        (paths.certificate, key, authority_key),
+        (paths.stranger, stranger_key, stranger_key),
+    ):
+        path.write_bytes(_certificate(subject, signer).public_bytes(Encoding.PEM))
+    paths.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return paths
+
+
+def _certificate(subject: ec.EllipticCurvePrivateKey, signer: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+    own = subject is signer
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "authority" if own else HOST)])
+    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "authority")])
+    now = datetime.now(UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(issuer)
+        .public_key(subject.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(x509.BasicConstraints(ca=own, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address(HOST))]), critical=False)
+    )
+    return builder.sign(signer, SHA256())
