@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import itertools
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 import pytest
+from redis.exceptions import BusyLoadingError, MovedError, ResponseError
 
 from papaours_auth import (
     AsyncAuthenticator,
@@ -39,7 +39,7 @@ from papaours_auth.stores import Author, Feed, PepperRecord, Store
 from papaours_auth.stores.records import moment
 from papaours_auth.stores.redis import RedisStore
 from papaours_auth.stores.redis import open_store as open_redis
-from papaours_auth.stores.redis_wire import Ask, Node, place_of
+from papaours_auth.stores.redis_wire import Ask, Node, Router, Unreachable, connect, place_of, unreachable
 from papaours_auth.testing import StoreContract
 from papaours_auth.verify import Claim, read
 from support.redis_servers import (
@@ -244,15 +244,12 @@ def test_a_wrong_url_is_told_without_quoting_it(opener: Callable[[str], object],
     assert "hunter2" not in "".join(traceback.format_exception(error.value))
 
 
-def test_without_redis_py_one_is_told_what_to_install() -> None:
-    code = (
-        "import sys; sys.modules['redis'] = None\n"
-        "from papaours_auth import open_store, ConfigurationError\n"
-        "try: open_store('redis://h')\n"
-        "except ConfigurationError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "papaours-auth[redis]" in done.stdout
+def test_without_redis_py_one_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "redis", None)
+    for name in ("redis", "redis_wire"):
+        monkeypatch.delitem(sys.modules, f"papaours_auth.stores.{name}")
+    with pytest.raises(ConfigurationError, match=r"papaours-auth\[redis\]"):
+        open_store("redis://h")
 
 
 # scripts
@@ -312,6 +309,7 @@ def test_pitfall_21_a_stopped_server_is_an_outage_within_the_timeout_and_recover
             unavailable(question, "does not answer in time")
             assert time.monotonic() - began < 2
         unavailable(lambda: feed.read({}))
+        unavailable(lambda: store.feed().read({}))
     finally:
         own.thaw()
     assert store.lookup(own_house.claim).record
@@ -334,6 +332,9 @@ def test_a_server_killed_and_started_again_is_asked_again(own: RedisServer, own_
         unavailable(own_house.found, "cannot be reached")
         unavailable(lambda: feed.read({}))
         unavailable(own_house.change)
+        unavailable(
+            lambda: own_house.store.add_pepper(PepperRecord("p9", b"9" * 32, "accept"), AUTHOR), "reached"
+        )
         own.start()
         assert (await twin.lookup(own_house.claim)).record
 
@@ -528,6 +529,17 @@ def test_the_journal_reads_logs_of_any_length(house: House, monkeypatch: pytest.
     assert [change.kind for change in house.keys.journal()].count("store.created") == 1
     assert house.keys.journal("key_nobody_has") == []
     assert len(house.keys.keys()) == 1
+
+
+def test_a_list_of_more_keys_than_one_reply_holds_is_whole(house: House) -> None:
+    partition, keys = house.claim.partition, name_in(house, house.claim.partition, "keys")
+    (packed,) = house.store._run(partition, ("HGET", keys, house.key_id))
+    others = [f"key_{number:016}" for number in range(2_000)]
+    words = [
+        word for other in others for word in (other, packed.replace(house.key_id.encode(), other.encode()))
+    ]
+    house.store._run(partition, ("HSET", keys, *words))
+    assert {key.id for key in house.store.keys()} == {*others, house.key_id}
 
 
 # how the server is set up
@@ -880,6 +892,51 @@ def test_callers_who_wait_too_long_for_a_connection_meet_an_outage(
     store.close()
 
 
+def test_connections_to_a_node_that_is_none_of_the_stores_any_more_are_not_kept(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin = open_async_store(house.url)
+
+    async def look(kept: int) -> None:
+        for _ in range(2):
+            assert (await twin.lookup(house.claim)).record is not None
+        (mine,) = twin._wire._loops.values()  # type: ignore[attr-defined]  # the store for loops
+        assert min(1, sum(map(len, mine.idle.values()))) == kept
+        if kept:
+            monkeypatch.setattr(twin._ask.router, "knows", lambda node: False)  # type: ignore[attr-defined]  # see above
+            await look(0)
+
+    assert house.found()
+    assert house.store._wire._idle
+    monkeypatch.setattr(house.store._router, "knows", lambda node: False)
+    for _ in range(2):
+        assert house.found()
+    assert not any(house.store._wire._idle.values())
+    asyncio.run(look(1))
+    asyncio.run(twin.aclose())
+
+
+def test_a_subscription_that_gets_no_answer_is_done_without(
+    own: RedisServer, own_house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_redis(own_house.url + "?timeout=0.3", False)
+    store.describe()
+
+    def freezes(*arguments: Any) -> Any:
+        link = connect(*arguments)
+        own.freeze()
+        return link
+
+    feed = store.feed()
+    with monkeypatch.context() as patch:
+        patch.setattr("papaours_auth.stores.redis.connect", freezes)
+        unavailable(lambda: feed.read({}), "does not answer in time")
+    own.thaw()
+    assert feed.read({}).news
+    feed.close()
+    store.close()
+
+
 def test_pitfall_23_a_cancelled_lookup_leaves_nothing_half_read(house: House) -> None:
     twin = open_async_store(f"{house.url}&connections=1&timeout=20")
 
@@ -942,6 +999,21 @@ def _in_child(house: House, feed: Feed) -> None:
         os._exit(code)
 
 
+def test_what_a_child_does_not_inherit(house: House, feed: Feed) -> None:
+    """The same in this process, where it can be looked at."""
+    house.found()
+    feed.read({})
+    twin = open_async_store(house.url)
+    holders: Any = (house.store._wire, feed, twin._wire)  # type: ignore[attr-defined]  # the store for loops
+    for holder in holders:
+        holder.before_fork()
+        holder.after_fork(child=True)
+    assert house.store._wire._idle == {}
+    assert house.found()
+    assert feed.read({}).news
+    asyncio.run(twin.aclose())
+
+
 def test_what_nobody_closed_is_closed_with_it(house: House, ring: PepperRing) -> None:
     """A WSGI app has no place to close what its middleware opened."""
     for _ in range(3):
@@ -950,6 +1022,74 @@ def test_what_nobody_closed_is_closed_with_it(house: House, ring: PepperRing) ->
         assert feed.read({}).news
         assert store.lookup(house.claim).record
         del store, feed
+
+
+# which node, without a server
+
+
+def answer(steps: Any, *replies: object) -> Any:
+    """Carry steps out with given replies, each for one round trip; an exception is thrown in."""
+    ask = next(steps)
+    for reply in replies:
+        try:
+            ask = steps.throw(reply) if isinstance(reply, BaseException) else steps.send(reply)
+        except StopIteration as stop:
+            return stop.value
+    return ask
+
+
+ROUTER_OF = {
+    "cluster": lambda: Router(place_of("redis+cluster://a,b"), ["x", "y"]),
+    "sentinel": lambda: Router(place_of("redis+sentinel://a,b/keys"), ["x", "y"]),
+    "single": lambda: Router(place_of("redis://a"), ["x", "y"]),
+}
+HERE = [[0, 16383, [b"n1", 1]]]
+THERE = [[0, 16383, [b"n2", 2]]]
+
+
+def test_who_is_sent_round_and_round_gives_up() -> None:
+    moved = [[MovedError(f"1 n{number}:1")] for number in range(9)]
+    with pytest.raises(StoreUnavailable, match="keeps sending us"):
+        answer(ROUTER_OF["cluster"]().run(0, ("GET", "k")), [HERE], *moved)
+
+
+def test_a_part_that_no_node_holds_is_an_outage() -> None:
+    router = ROUTER_OF["cluster"]()
+    other = router._slots[1]
+    with pytest.raises(StoreUnavailable, match="no node of the Redis Cluster holds"):
+        answer(router.run(0, ("GET", "k")), [[[other, other, [b"n1", 1]]]])
+
+
+def test_a_read_is_tried_where_the_node_has_gone_and_a_write_that_was_sent_never() -> None:
+    for write in (False, True):
+        lost = Unreachable("gone")
+        lost.sent = True
+        steps = ROUTER_OF["cluster"]().run(0, ("GET", "k"), write=write)
+        if write:
+            with pytest.raises(Unreachable):
+                answer(steps, [HERE], lost)
+        else:
+            assert answer(steps, [HERE], lost, [THERE], [b"v"]) == [b"v"]
+
+
+def test_a_sentinel_that_does_not_answer_or_knows_nothing_is_passed_over() -> None:
+    router = ROUTER_OF["sentinel"]()
+    steps = router.run(0, ("GET", "k"))
+    assert answer(steps, Unreachable("gone"), [[b"n1", b"1"]], [b"v"]) == [b"v"]
+    assert router._informants[0].host == "b"  # and asked first from now on
+    with pytest.raises(StoreUnavailable, match="no Sentinel"):
+        answer(ROUTER_OF["sentinel"]().run(0, ("GET", "k")), [None], [ResponseError("NOAUTH")])
+
+
+def test_an_error_among_a_nodes_replies_is_an_outage() -> None:
+    steps = ROUTER_OF["single"]().ask(Node("a", 1), [0, 1], [("GET", "k"), ("GET", "l")])
+    with pytest.raises(StoreUnavailable, match="Redis refuses with OOM"):
+        answer(steps, [b"v", ResponseError("OOM too much")])
+
+
+def test_a_server_that_is_loading_is_told_so() -> None:
+    node = Node("h", 1)
+    assert "is loading its data" in str(unreachable(node, BusyLoadingError("LOADING"), sent=True))
 
 
 # TLS

@@ -435,15 +435,17 @@ class RedisStore:
         lost, and is not made anew.
         """
         self._admin.drive(self._ask.check_policy())
-        tips = [self._has_log(partition) for partition in _ALL]  # before the mark, which comes before them
+        begun = any(
+            self._has_log(partition) for partition in _ALL
+        )  # before the mark, which comes before them
         mark = self._mark()
-        if any(tips) and b"installation" not in mark:
+        if begun and b"installation" not in mark:
             raise ConfigurationError(
                 "parts of a store are in this Redis, but not its installation mark: restore it from a backup, "
                 "or choose another prefix"
             )
         if b"ready" in mark:
-            if not all(tips):
+            if not all(self._has_log(partition) for partition in _ALL):  # after it, which comes after them
                 raise _lost()
             return
         installation = self._create_log(_META, secrets.token_hex(16))
@@ -895,8 +897,7 @@ class _RedisFeed:
         if heard is not None:
             return heard
         with self._lock:
-            if self._listener is listener:
-                self._hang_up()
+            self._hang_up()
         self._rest(_RECONNECT)
         return True
 

@@ -12,6 +12,7 @@ import ssl
 import threading
 from binascii import crc_hqx
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha1
 from pathlib import Path
@@ -343,8 +344,6 @@ class Router:
 
     def refresh(self, avoid: Node | None = None) -> Steps[dict[int, Node]]:
         """Ask the Sentinels, or the cluster, which nodes there are."""
-        if self._place.kind == "single":
-            return self._nodes
         command: Command = ("CLUSTER", "SLOTS")
         if self._place.kind == "sentinel":
             command = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._place.service)
@@ -411,7 +410,8 @@ def refused(error: ResponseError) -> Refusal:
     return Refusal(f"Redis refuses with {kind}")
 
 
-def _unreachable(node: Node, error: Exception, *, sent: bool) -> Unreachable:
+def unreachable(node: Node, error: Exception, *, sent: bool) -> Unreachable:
+    """Say of an error of redis-py's what it means."""
     who = f"Redis{' Sentinel' if node.sentinel else ''} at {node.host}:{node.port}"
     if isinstance(error, RedisTimeoutError | TimeoutError):
         said = f"{who} does not answer in time"
@@ -423,9 +423,9 @@ def _unreachable(node: Node, error: Exception, *, sent: bool) -> Unreachable:
         said = f"{who} cannot be trusted, or does not speak TLS"
     else:
         said = f"{who} cannot be reached ({type(error).__name__})"
-    unreachable = Unreachable(said)
-    unreachable.sent = sent
-    return unreachable
+    made = Unreachable(said)
+    made.sent = sent
+    return made
 
 
 # carrying steps out
@@ -462,7 +462,7 @@ def connect(place: Place, node: Node, timeout: float) -> Link:
         link.connect()
     except (RedisError, OSError) as error:
         link.disconnect()
-        raise _unreachable(node, error, sent=False) from error
+        raise unreachable(node, error, sent=False) from error
     return link
 
 
@@ -540,7 +540,7 @@ class Wire:
                     link.disconnect()
                     # One that lay idle while the server was restarted says nothing about the server.
                     if fresh or ask.write or isinstance(error, RedisTimeoutError):
-                        raise _unreachable(ask.node, error, sent=True) from error
+                        raise unreachable(ask.node, error, sent=True) from error
                     self.discard(ask.node)
                     continue
                 self._give(ask.node, link)
@@ -574,7 +574,7 @@ class Wire:
         try:
             return converse(link, commands)
         except (RedisError, OSError) as error:
-            raise _unreachable(node, error, sent=True) from error
+            raise unreachable(node, error, sent=True) from error
 
     def _prune(self) -> None:
         for node in [node for node in list(self._idle) if not self._router.knows(node)]:
@@ -677,7 +677,7 @@ class AsyncWire:
             async with asyncio.timeout(self._place.timeout), mine.room:
                 return await self._ask(mine, ask)
         except TimeoutError as error:
-            raise _unreachable(ask.node, error, sent=True) from error
+            raise unreachable(ask.node, error, sent=True) from error
 
     async def _ask(self, mine: _Loop, ask: Ask) -> list[Any]:
         while True:
@@ -694,7 +694,7 @@ class AsyncWire:
                 done = True
             except (RedisError, OSError) as error:
                 if isinstance(error, TimeoutError) or fresh:
-                    raise _unreachable(ask.node, error, sent=True) from error
+                    raise unreachable(ask.node, error, sent=True) from error
                 await mine.discard(ask.node)
                 continue
             finally:
@@ -762,7 +762,5 @@ async def _converse(link: _AsyncLink, commands: Iterable[Command], packed: bytes
 
 
 async def _hang_up(link: _AsyncLink) -> None:
-    try:
+    with suppress(RedisError, OSError):  # it is gone already
         await link.disconnect(nowait=True)
-    except (RedisError, OSError):
-        return  # it is gone already
