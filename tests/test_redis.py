@@ -34,8 +34,9 @@ from papaours_auth import (
     open_async_store,
     open_store,
 )
+from papaours_auth.cli import main
 from papaours_auth.format import KeyFormat
-from papaours_auth.stores import Author, Feed, PepperRecord, Store
+from papaours_auth.stores import Author, Epoch, Feed, News, PepperRecord, Store
 from papaours_auth.stores.records import moment
 from papaours_auth.stores.redis import RedisStore
 from papaours_auth.stores.redis import open_store as open_redis
@@ -361,7 +362,7 @@ def test_connections_that_lay_idle_through_a_restart_say_nothing_about_the_serve
         own.start()
         assert (await twin.lookup(own_house.claim)).record
         assert own_house.found()
-        own_house.change()
+        own_house.store.add_pepper(PepperRecord("p9", b"9" * 32, "accept"), AUTHOR)  # begins with the write
         await twin.aclose()
 
     asyncio.run(through_the_restart())
@@ -508,6 +509,16 @@ def test_an_announced_change_is_applied_at_once(house: House, ring: PepperRing) 
     verifier.close()
 
 
+@pytest.mark.parametrize("offset", [-2, -1, 0, 1, 1_000])
+def test_amendment_4_a_tip_of_another_history_drops_everything(house: House, feed: Feed, offset: int) -> None:
+    for _ in range(3):
+        house.change()
+    partition = house.claim.partition
+    tip = feed.read({}).news[partition].epoch
+    news = feed.read({partition: Epoch(tip.seq + offset, b"another history!")}).news[partition]
+    assert news == News(tip, None)
+
+
 def test_a_log_too_long_to_read_drops_everything(
     house: House, feed: Feed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -583,7 +594,7 @@ def recipe(prefix: str) -> list[list[str]]:
 
 
 def test_the_acl_recipe_lets_an_app_verify_and_an_administrator_write(
-    estate: Estate, ring: PepperRing, caplog: pytest.LogCaptureFixture
+    estate: Estate, ring: PepperRing, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prefix = f"acl{next(_numbers)}"
     for line in recipe(prefix):
@@ -595,12 +606,16 @@ def test_the_acl_recipe_lets_an_app_verify_and_an_administrator_write(
         house.keys.enable_key(house.key_id)
         assert house.keys.keys()
         assert house.keys.journal()
-        store = open_redis(estate.url("papaours-app:APP-PASSWORD@", prefix=prefix), False)
+        store_url = estate.url("papaours-app:APP-PASSWORD@", prefix=prefix)
+        store = open_redis(store_url, False)
         feed = store.feed()
         assert store.describe() == house.store.describe()
         assert store.warnings == (
             "maxmemory-policy cannot be read here: see that it is noeviction, or volatile-…",
         )
+        monkeypatch.setenv("PAPAOURS_STORE", store_url)
+        main(["doctor"])
+        assert "warning  store      maxmemory-policy cannot be read" in capsys.readouterr().out
         assert store.lookup(house.claim).record is not None
         feed.read({})
         house.change()
@@ -751,6 +766,23 @@ def test_pitfall_14_no_change_undoes_another(house: House) -> None:
     assert failures == []
     key = house.keys.key(house.key_id)
     assert (key.name, key.status) == ("Production - 19", "inactive")
+
+
+def test_pitfall_14_a_change_made_since_the_record_was_read_is_kept(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change = house.store._change
+
+    def late(*arguments: Any) -> bool:
+        monkeypatch.undo()
+        house.keys.disable_key(house.key_id)
+        return change(*arguments)
+
+    monkeypatch.setattr(house.store, "_change", late)
+    house.keys.rename_key(house.key_id, "Production - Nouveau")
+    key = house.keys.key(house.key_id)
+    assert (key.name, key.status) == ("Production - Nouveau", "inactive")
+    assert house.keys.journal(house.key_id)[0].before == '{"name": "Production - Facturation"}'
 
 
 def test_a_record_that_others_keep_changing_is_given_up(
