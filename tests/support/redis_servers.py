@@ -269,4 +269,14 @@ def _certificate(subject: ec.EllipticCurvePrivateKey, signer: ec.EllipticCurvePr
         .add_extension(x509.BasicConstraints(ca=own, path_length=None), critical=True)
         .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address(HOST))]), critical=False)
     )
+    # Python 3.13 verifies strictly: it wants the identifiers of RFC 5280, and an authority's key usage.
+    builder = builder.add_extension(
+        x509.SubjectKeyIdentifier.from_public_key(subject.public_key()), critical=False
+    )
+    issuer_key = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
+    usage = x509.KeyUsage(
+        digital_signature=True, key_cert_sign=own, crl_sign=own, content_commitment=False, key_encipherment=False,
+        data_encipherment=False, key_agreement=False, encipher_only=False, decipher_only=False,
+    )  # fmt: skip
+    builder = builder.add_extension(issuer_key, critical=False).add_extension(usage, critical=True)
     return builder.sign(signer, SHA256())
