@@ -75,7 +75,7 @@ class Estate(NamedTuple):
 
     def url(self, credentials: str = "", **options: object) -> str:
         """Write the URL of a store that nobody has used yet."""
-        given = {"prefix": f"test{next(_numbers)}", **options}
+        given = {"prefix": f"test{next(_numbers)}", "timeout": 5, **options}  # machines are busy
         query = "&".join(f"{name}={value}" for name, value in given.items())
         hosts = ",".join(server.address for server in self.servers)
         return f"{self.scheme}://{credentials}{hosts}/?{query}"
@@ -1157,7 +1157,7 @@ def encrypted(tmp_path: Path, certificates: Certificates) -> Iterator[str]:
 def test_over_tls_everything_works_and_a_stranger_is_not_trusted(
     encrypted: str, certificates: Certificates, ring: PepperRing
 ) -> None:
-    with furnished(f"rediss://{encrypted}?ca_certs={certificates.authority}", ring) as house:
+    with furnished(f"rediss://{encrypted}?timeout=5&ca_certs={certificates.authority}", ring) as house:
         twin, feed = open_async_store(house.url), house.store.feed()
 
         async def look() -> None:
@@ -1170,7 +1170,10 @@ def test_over_tls_everything_works_and_a_stranger_is_not_trusted(
         feed.wait(FOR_EVER)
         feed.close()
         asyncio.run(twin.aclose())
-    for url in (f"rediss://{encrypted}", f"rediss://{encrypted}?ca_certs={certificates.stranger}"):
+    for url in (
+        f"rediss://{encrypted}?timeout=5",
+        f"rediss://{encrypted}?timeout=5&ca_certs={certificates.stranger}",
+    ):
         with contextlib.closing(open_redis(url, False)) as store:
             unavailable(store.describe, "cannot be trusted, or does not speak TLS")
         twin = open_async_store(url)
@@ -1190,7 +1193,7 @@ def cluster(tmp_path: Path) -> Iterator[list[RedisServer]]:
 def test_a_cluster_that_lost_a_node_verifies_the_keys_of_the_others(
     cluster: list[RedisServer], ring: PepperRing
 ) -> None:
-    url = Estate("redis+cluster", cluster).url(timeout=0.3)
+    url = Estate("redis+cluster", cluster).url(timeout=2)
     with furnished(url, ring) as house:
         machine = house.keys.machines()[0]
         texts = [f"pk_prod_{number:012}x" for number in range(40)]
