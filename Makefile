@@ -39,6 +39,7 @@ simulate: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/floor.py
+	$(BIN)/python benchmarks/redis_lookup.py
 
 clean:
 	rm -rf .venv* dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

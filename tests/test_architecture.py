@@ -29,6 +29,8 @@ LAYERS = [
         "stores/records.py",
         "stores/memory.py",
         "stores/sqlite.py",
+        "stores/redis.py",
+        "stores/redis_wire.py",
         "cache.py",
         "watcher.py",
     },

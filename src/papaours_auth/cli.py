@@ -169,6 +169,9 @@ def _check_store(options: argparse.Namespace) -> str:
     url = _url(options)
     with contextlib.closing(open_store(url)) as store:
         installation = store.describe().installation
+        unchecked: Sequence[str] = getattr(store, "warnings", ())  # some stores have any
+    if unchecked:
+        raise _Warning("; ".join(unchecked))
     return f"{url.partition('://')[0]}, installation {installation[:8]}…"
 
 

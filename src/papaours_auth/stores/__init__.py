@@ -21,7 +21,10 @@ from ..model import Grant, Key, Machine, Network, Record, Status
 from ..verify import Claim
 
 ENTRY_POINT: Final = "papaours_auth.stores"
-_BUILT_IN: Final = {"memory": "memory", "sqlite": "sqlite"}
+_BUILT_IN: Final = {
+    "memory": "memory", "sqlite": "sqlite", "redis": "redis", "rediss": "redis", "redis+cluster": "redis",
+    "redis+sentinel": "redis",
+}  # fmt: skip
 
 
 class Epoch(NamedTuple):
