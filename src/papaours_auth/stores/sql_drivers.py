@@ -34,8 +34,8 @@ POOL_SIZE: Final = 10
 # scheme of ours: SQLAlchemy's, for threads and for event loops; the driver's module; the extra that brings it
 _DRIVERS: Final[Mapping[str, tuple[str, str, str, str]]] = {
     "postgresql": ("postgresql+psycopg", "postgresql+psycopg", "psycopg", "postgresql"),
-    "mysql": ("mysql+pymysql", "mysql+aiomysql", "pymysql", "mysql"),
-    "mariadb": ("mariadb+pymysql", "mariadb+aiomysql", "pymysql", "mysql"),
+    "mysql": ("mysql+pymysql", "mysql+asyncmy", "pymysql", "mysql"),
+    "mariadb": ("mariadb+pymysql", "mariadb+asyncmy", "pymysql", "mysql"),
     "sqlalchemy+sqlite": ("sqlite+pysqlite", "sqlite+aiosqlite", "sqlite3", "sql"),
 }
 
