@@ -21,7 +21,7 @@ from urllib.parse import quote
 import pytest
 from sqlalchemy import Engine, create_engine, event, func, select
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from papaours_auth import (
@@ -107,7 +107,8 @@ class Closing(AsyncSQLStore):
 
     async def aclose(self) -> None:
         await super().aclose()
-        await self._here().dispose()
+        if isinstance(self._engine, AsyncEngine):
+            await self._engine.dispose()
 
 
 class TestOwnEngineOnPostgreSQL(OwnEngine):
@@ -196,12 +197,15 @@ def within(seconds: float) -> Iterator[None]:
     assert time.monotonic() - begin < seconds
 
 
+def waited(feed: SQLFeed) -> SQLFeed:
+    feed.wait(0.01)
+    return feed
+
+
 def listening(feed: SQLFeed) -> SQLFeed:
     """Give a feed that has heard itself."""
     feed.read({})
-    wait_until(
-        lambda: feed.wait(0.01) or feed.announcements is True, 10, what="the announcements to be proven"
-    )
+    wait_until(lambda: waited(feed).announcements is True, 10, what="the announcements to be proven")
     feed.read({})
     return feed
 
@@ -309,10 +313,10 @@ def test_pitfall_09_a_loose_collation_finds_no_other_key(mariadb_server: SQLServ
         assert [found.name for found in store.machines(name)] == [name]
     assert store.keys("Emile") == []
     assert store.keys("KEY_a") == []
-    for letter in b"aAbB":
-        found = store.lookup(Claim("prod", 0, (Candidate("p1", bytes([letter]) * 32),))).record
+    for character in "aAbB":
+        found = store.lookup(Claim("prod", 0, (Candidate("p1", character.encode() * 32),))).record
         assert found is not None
-        assert found.key.id == f"key_{chr(letter)}"
+        assert found.key.id == f"key_{character}"
     assert store.lookup(Claim("prod", 0, (Candidate("p1", b"C" * 32),))).record is None
     store.close()
 
@@ -378,13 +382,13 @@ def test_a_pooler_that_swallows_announcements_is_noticed_and_the_tip_polled(
     feed = postgresql_store.feed()
     known = {0: feed.read({}).news[0].epoch}
     with caplog.at_level(logging.WARNING, logger="papaours_auth"):
-        wait_until(
-            lambda: feed.wait(0.05) or feed.announcements is False, 10, what="the silence to be noticed"
-        )
+        wait_until(lambda: waited(feed).announcements is False, 10, what="the silence to be noticed")
         feed.wait(0.05)
     assert [record.getMessage() for record in caplog.records] == [
-        "the SQL store's announcements do not arrive (a pooler in transaction mode swallows LISTEN): "
-        "its tip is polled every 20 ms instead"
+        (
+            "the SQL store's announcements do not arrive (a pooler in transaction mode swallows LISTEN): "
+            "its tip is polled every 20 ms instead"
+        )
     ]
     keys = Keys(postgresql_store, peppers=ring)
     keys.disable_key(keys.keys()[0].id)
@@ -539,7 +543,11 @@ def test_tables_that_are_not_there_are_told_at_first_use(url: str) -> None:
         store.describe()
     with pytest.raises(ConfigurationError, match="papaours-auth init"):
         store.lookup(Claim("prod", 0, (Candidate("p1", b"1" * 32),)))
+    twin = open_async_store(url)
+    with pytest.raises(ConfigurationError, match="papaours-auth init"):
+        asyncio.run(twin.describe())
     store.close()
+    twin.sync.close()
 
 
 def test_another_schema_is_told_at_first_use(store: SQLStore, ring: PepperRing) -> None:
@@ -611,8 +619,10 @@ def test_several_stores_in_one_database_do_not_meet(url: str, store: SQLStore, r
 
 VERIFIER = [
     "create role {0} login password '{0}'",
-    "grant select on papaours_meta, papaours_peppers, papaours_machines, papaours_keys, papaours_digests, "
-    "papaours_changes to {0}",
+    (
+        "grant select on papaours_meta, papaours_peppers, papaours_machines, papaours_keys, "
+        "papaours_digests, papaours_changes to {0}"
+    ),
 ]
 ADMINISTRATOR = [
     *VERIFIER,

@@ -1,4 +1,4 @@
-"""PostgreSQL and MariaDB, started by the tests on a free port and a socket of their own, and stopped by process id."""
+"""PostgreSQL and MariaDB, started by the tests on a free port, and stopped by process id."""
 
 from __future__ import annotations
 

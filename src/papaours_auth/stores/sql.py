@@ -303,14 +303,15 @@ class SQLStore:
                 answer = ask(connection)
         except SQLAlchemyError as error:
             if not _died_idle(error, begin):
-                raise self._judged(error) from None
+                raise self.judged(error) from None
         else:
             self._seen = True
             return answer
         with _outages(), self._reads.connect() as connection:
             return ask(connection)
 
-    def _judged(self, error: SQLAlchemyError) -> StoreUnavailable | ConfigurationError:
+    def judged(self, error: SQLAlchemyError) -> StoreUnavailable | ConfigurationError:
+        """Tell an outage from tables that were never there."""
         if not self._seen and isinstance(error, DBAPIError) and not error.connection_invalidated:
             with suppress(SQLAlchemyError, StoreUnavailable), self._reads.connect() as connection:
                 if is_missing(connection, self.tables):
@@ -611,22 +612,23 @@ class AsyncSQLStore:
             return await self._ask(statement, values)
         except SQLAlchemyError as error:
             if not _died_idle(error, begin):
-                raise _unavailable(error) from None
+                raise await asyncio.to_thread(self._sync.judged, error) from None
         with _outages():
             return await self._ask(statement, values)
 
     async def _ask(self, statement: Select[Any], values: Mapping[str, Any]) -> Sequence[_Row]:
         try:
             # The driver's own bounds come first where it has any; this one is for those that have none.
-            async with asyncio.timeout(3 * self._timeout), self._here().connect() as connection:
-                reading = await connection.execution_options(isolation_level="AUTOCOMMIT")
-                rows: Sequence[_Row] = (await reading.execute(statement, values)).all()
-                return rows
+            async with asyncio.timeout(3 * self._timeout):
+                engine = self._engine
+                if isinstance(engine, LoopEngines):
+                    engine = await engine.here()
+                async with engine.connect() as connection:
+                    reading = await connection.execution_options(isolation_level="AUTOCOMMIT")
+                    rows: Sequence[_Row] = (await reading.execute(statement, values)).all()
+                    return rows
         except TimeoutError:
             raise StoreUnavailable("the SQL store does not answer in time") from None
-
-    def _here(self) -> AsyncEngine:
-        return self._engine.here() if isinstance(self._engine, LoopEngines) else self._engine
 
 
 class SQLFeed:

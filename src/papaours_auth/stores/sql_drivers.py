@@ -8,10 +8,9 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -206,31 +205,25 @@ class LoopEngines:
 
     def __init__(self, make: Callable[[], AsyncEngine]) -> None:
         self._make = make
-        self._engines: dict[asyncio.AbstractEventLoop, tuple[AsyncEngine, set[Any]]] = {}
+        self._open: dict[asyncio.AbstractEventLoop, tuple[AsyncEngine, AsyncGenerator[None, None]]] = {}
         hold_across_fork(self)
 
-    def here(self) -> AsyncEngine:
+    async def here(self) -> AsyncEngine:
         """Give the running loop's engine."""
         loop = asyncio.get_running_loop()
-        found = self._engines.get(loop)
+        found = self._open.get(loop)
         if found is None:
-            self._let_go_of_closed_loops()
+            self._open = {other: kept for other, kept in self._open.items() if not other.is_closed()}
             engine = self._make()
-            found = self._engines[loop] = engine, _connections_of(engine.sync_engine)
+            found = self._open[loop] = engine, _until_the_loop_ends(engine)
+            await anext(found[1])
         return found[0]
 
     async def aclose(self) -> None:
-        """Close what this loop has open, and what loops left behind that are closed."""
-        engine, _ = self._engines.pop(asyncio.get_running_loop(), (None, None))
-        if engine is not None:
-            await engine.dispose()
-        self._let_go_of_closed_loops()
-
-    def _let_go_of_closed_loops(self) -> None:
-        for loop in [loop for loop in list(self._engines) if loop.is_closed()]:
-            _, connections = self._engines.pop(loop)
-            for connection in connections:
-                _drop(connection)
+        """Close what this loop has open."""
+        found = self._open.pop(asyncio.get_running_loop(), None)
+        if found is not None:
+            await found[1].aclose()
 
     def before_fork(self) -> None:
         """Do nothing: the parent's loops go on."""
@@ -238,25 +231,17 @@ class LoopEngines:
     def after_fork(self, *, child: bool) -> None:
         """Leave the parent's connections alone in a child."""
         if child:
-            _abandoned.append(self._engines)
-            self._engines = {}
+            _abandoned.append(self._open)
+            self._open = {}
 
 
 _abandoned: list[object] = []
 
 
-def _connections_of(engine: Engine) -> set[Any]:
-    open_now: set[Any] = set()
-    event.listen(engine, "connect", lambda connection, record: open_now.add(connection))
-    event.listen(engine, "close", lambda connection, record: open_now.discard(connection))
-    return open_now
-
-
-def _drop(connection: Any) -> None:
-    """Close a connection whose loop is no more, so that nothing can be awaited."""
-    pgconn = getattr(connection.driver_connection, "pgconn", None)
-    if pgconn is not None:
-        pgconn.finish()
-        return
-    with suppress(RuntimeError):  # "Event loop is closed": then the socket is left to the collector
-        connection.terminate()
+async def _until_the_loop_ends(engine: AsyncEngine) -> AsyncGenerator[None, None]:
+    # `asyncio.run` closes the generators that are open before it closes the loop: the last moment at which a
+    # connection of that loop can be closed.
+    try:
+        yield
+    finally:
+        await engine.dispose()
