@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from sqlalchemy import Engine, create_engine, event, func, select
+from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
@@ -29,6 +29,7 @@ from papaours_auth import (
     ConfigurationError,
     Conflict,
     Keys,
+    Machine,
     PepperRing,
     Reason,
     Refused,
@@ -136,6 +137,20 @@ class TestOwnEngineOnMariaDB(OwnEngine):
         self.engine = create_engine(url.replace("://", "+pymysql://", 1))
         yield
         self.engine.dispose()
+
+
+def test_an_engine_that_was_given_stays_open(mariadb_server: SQLServer, ring: PepperRing) -> None:
+    url = mariadb_server.url(mariadb_server.database(), user="root", password="")
+    engine = create_engine(url.replace("://", "+pymysql://", 1))
+    store = SQLStore(engine)
+    store.create()
+    store.close()
+    assert engine.pool.status().startswith("Pool size: 5  Connections in pool: 1")
+    with pytest.raises(StoreUnavailable, match="closed"):
+        store.add_machine(
+            Machine("m", "M", "o", "active", datetime.now(UTC), "x"), Author("x", datetime.now(UTC))
+        )
+    engine.dispose()
 
 
 # what the tests below share
@@ -346,17 +361,21 @@ def test_a_change_elsewhere_is_heard_at_once(store: SQLStore, url: str, ring: Pe
 
 def test_an_announcement_is_rolled_back_with_its_change(postgresql_store: SQLStore) -> None:
     feed = listening(postgresql_store.feed())
-    with postgresql_store._writes.connect() as connection:
-        connection.execute(select(func.pg_notify(postgresql_store.tables.channel, "")))
-        connection.rollback()
+    known = {0: feed.read({}).news[0].epoch}
+    author = Author("x", datetime.now(UTC))
+    with pytest.raises(Conflict), postgresql_store._writing() as change:
+        change.append(author, "key.disabled", "key_1", {}, {})
+        change.finish()
+        raise Conflict("broken off before the commit")
     begin = time.monotonic()
     feed.wait(0.2)
     assert time.monotonic() - begin >= 0.19
-    with postgresql_store._writes.connect() as connection:
-        connection.execute(select(func.pg_notify(postgresql_store.tables.channel, "")))
-        connection.commit()
+    assert feed.read(known).news[0].changes == []
+    with postgresql_store._writing() as change:
+        change.append(author, "key.disabled", "key_1", {}, {})
     with within(10):
         feed.wait(60)
+    assert feed.read(known).news[0].changes == [("key.disabled", "key_1")]
     feed.close()
 
 
@@ -712,6 +731,7 @@ def test_pitfall_22_a_fork_leaves_parent_and_child_with_connections_of_their_own
     if child == 0:
         code = 1
         try:
+            assert feed._connection is None
             for number in range(10):
                 keys.create_key("Service", name=f"Enfant {number}", environment="prod")
                 assert store.lookup(claim).record is not None
