@@ -822,6 +822,14 @@ def test_a_driver_that_is_not_there_is_named_with_its_extra(monkeypatch: pytest.
         open_store("mysql://h/db")
 
 
+def test_sqlalchemy_that_is_not_there_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("papaours_auth.stores.sql")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sqlalchemy", None)
+    with pytest.raises(ConfigurationError, match=r"need sqlalchemy: pip install 'papaours-auth\[sql\]'"):
+        open_store("postgresql://h/db")
+
+
 def test_another_database_is_refused() -> None:
     class Engine:
         class dialect:  # noqa: N801 - as SQLAlchemy calls it
