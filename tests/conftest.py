@@ -12,6 +12,7 @@ import pytest
 from papaours_auth import Keys, PepperRing, open_store, parse_peppers
 from papaours_auth.stores import Store
 from support.doors import Door, Spy, open_door
+from support.sql_servers import SQLServer, mariadb, postgresql
 
 PEPPER = "p1:" + base64.urlsafe_b64encode(bytes(range(32))).decode()
 
@@ -94,3 +95,17 @@ def opens(
 @pytest.fixture
 def door(opens: Callable[..., Door]) -> Door:
     return opens()
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[SQLServer]:
+    """PostgreSQL, for tests that leave it running."""
+    with postgresql() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mariadb_server() -> Iterator[SQLServer]:
+    """MariaDB, likewise."""
+    with mariadb() as server:
+        yield server

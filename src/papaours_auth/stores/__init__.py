@@ -22,9 +22,11 @@ from ..verify import Claim
 
 ENTRY_POINT: Final = "papaours_auth.stores"
 _BUILT_IN: Final = {
-    "memory": "memory", "sqlite": "sqlite", "redis": "redis", "rediss": "redis", "redis+cluster": "redis",
-    "redis+sentinel": "redis",
+    "memory": "memory", "sqlite": "sqlite",
+    "redis": "redis", "rediss": "redis", "redis+cluster": "redis", "redis+sentinel": "redis",
+    "postgresql": "sql", "mysql": "sql", "mariadb": "sql", "sqlalchemy+sqlite": "sql",
 }  # fmt: skip
+_EXTRAS: Final = {"sqlalchemy": "sql", "redis": "redis"}
 
 
 class Epoch(NamedTuple):
@@ -217,7 +219,7 @@ class Driver(Protocol):
 
 
 def open_store(url: str, *, create: bool = False) -> Store:
-    """Open a store by URL: ``memory://``, ``sqlite:///relative.db``, ``sqlite:////absolute.db``.
+    """Open a store by URL: ``memory://``, ``sqlite:///relative.db``, ``sqlite:////absolute.db``, or a SQL server's.
 
     ``create`` makes or migrates it; without, one that is not there is a `ConfigurationError`, as are an
     unknown scheme and a store of another schema. Schemes of other packages come by the entry point group
@@ -239,11 +241,22 @@ def _driver(url: str) -> Driver:
             "the store is not written as a URL: use for example sqlite:///papaours.db (PAPAOURS_STORE)"
         )
     if scheme in _BUILT_IN:
-        driver: Driver = import_module(f"{__name__}.{_BUILT_IN[scheme]}")
-        return driver
+        return _import(scheme)
     points = {point.name: point for point in entry_points(group=ENTRY_POINT)}
     if scheme in points:
         loaded: Driver = points[scheme].load()
         return loaded
     known = ", ".join(sorted({*_BUILT_IN, *points}))
     raise ConfigurationError(f"no store is known for {scheme!r} URLs: use one of {known} (PAPAOURS_STORE)")
+
+
+def _import(scheme: str) -> Driver:
+    try:
+        driver: Driver = import_module(f"{__name__}.{_BUILT_IN[scheme]}")
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        raise ConfigurationError(
+            f"{scheme}:// stores need {error.name}: pip install 'papaours-auth[{_EXTRAS[error.name]}]'"
+        ) from None
+    return driver

@@ -1,0 +1,64 @@
+"""psycopg connections that never wait longer than they may, whatever the server does.
+
+A server that was stopped or cut off answers nothing, and libpq waits for ever: ``statement_timeout`` is the
+server's, keepalives are answered by a stopped server's kernel, and ``connect_timeout`` is 2 s at least. So the
+deadline is kept here, around each exchange with the server; a connection that missed one is closed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import psycopg
+
+if TYPE_CHECKING:
+    from psycopg.abc import PQGen
+
+_T = TypeVar("_T")
+
+
+class Late(psycopg.OperationalError):
+    """The server did not answer in time."""
+
+
+def _until(
+    exchange: Generator[Any, Any, _T], seconds: float, pgconn: psycopg.pq.abc.PGconn
+) -> Generator[Any, Any, _T]:
+    """Pass an exchange through until its time is up. psycopg looks in every 0.1 s while nothing comes."""
+    end = time.monotonic() + seconds
+    try:
+        state = next(exchange)
+        while True:
+            ready = yield state
+            if not ready and time.monotonic() >= end:
+                pgconn.finish()  # half-way through an answer it is of no more use
+                raise Late("no answer in time")
+            state = exchange.send(ready)
+    except StopIteration as stop:
+        result: _T = stop.value
+        return result
+
+
+class BoundedConnection(psycopg.Connection[Any]):
+    """A blocking connection. ``bound`` is how long it waits for one answer, in seconds."""
+
+    bound = 1.0
+
+    def wait(self, gen: PQGen[_T], *args: Any, **options: Any) -> _T:
+        """See psycopg: run one exchange with the server."""
+        return super().wait(_until(gen, self.bound, self.pgconn), *args, **options)
+
+
+class AsyncBoundedConnection(psycopg.AsyncConnection[Any]):
+    """The same for event loops.
+
+    A cancelled call would ask the server to cancel too, and wait 5 s for it to say so: the bound does not.
+    """
+
+    bound = 1.0
+
+    async def wait(self, gen: PQGen[_T], *args: Any, **options: Any) -> _T:
+        """See psycopg: run one exchange with the server."""
+        return await super().wait(_until(gen, self.bound, self.pgconn), *args, **options)

