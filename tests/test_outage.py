@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from conftest import PEPPER
 from papaours_auth import (
     Authenticator,
     ConfigurationError,
@@ -26,8 +27,6 @@ from papaours_auth.stores import Found, Reading
 from papaours_auth.verify import Claim
 from support.doors import Door, Gate, Later, Spy, open_door
 from support.servers import wait_until
-
-from conftest import PEPPER
 
 if TYPE_CHECKING:
     from conftest import ManualClock
@@ -91,7 +90,7 @@ def test_the_watchers_reading_ends_an_outage_before_any_call_has_to_try(
 
 def test_beside_a_watcher_calls_try_less_often(clock: ManualClock) -> None:
     """Each try may cost a call a whole timeout."""
-    for watched, longest in ((False, LAST_RETRY), (True, LAST_RETRY_WATCHED)):
+    for watched, longest in ((bool, LAST_RETRY), (lambda: True, LAST_RETRY_WATCHED)):  # bool() is False
         breaker = Breaker(clock.monotonic, watched=watched)
         for _ in range(20):
             breaker.failed(StoreUnavailable("gone"))
@@ -136,7 +135,7 @@ def test_pitfall_21_a_store_that_is_slow_at_the_start_is_waited_for_once(
 
 
 def test_a_try_that_never_ends_does_not_keep_others_from_trying(clock: ManualClock) -> None:
-    breaker = Breaker(clock.monotonic, watched=False)
+    breaker = Breaker(clock.monotonic, watched=lambda: False)
     breaker.failed(StoreUnavailable("gone"))
     clock.advance(FIRST_RETRY)
     breaker.check()  # whoever this is hangs

@@ -134,7 +134,7 @@ class _Engine(Generic[_F]):
         self._watcher: Watcher | None = None
         self._flights: dict[object, _F] = {}  # those that one may join
         self._under_way: set[_F] = set()  # these, and those a change has detached
-        self._breaker = Breaker(self._monotonic, watched=self._watch)
+        self._breaker = Breaker(self._monotonic, watched=self._is_watching)
         self._stale_answers = 0
 
     # the hot path
@@ -231,8 +231,11 @@ class _Engine(Generic[_F]):
 
     def _ready(self) -> bool:
         """Tell whether our peppers were held against the store's, and the watcher runs."""
+        return self._bound and (not self._watch or self._is_watching())
+
+    def _is_watching(self) -> bool:
         watcher = self._watcher
-        return self._bound and (not self._watch or (watcher is not None and watcher.alive))
+        return watcher is not None and watcher.alive
 
     def refresh(self) -> None:
         """Read the store's epoch now, in this thread. For apps that run without a watcher (``watch=False``).
@@ -251,7 +254,7 @@ class _Engine(Generic[_F]):
         """Start the watcher's thread, after one reading in this thread so that fills are kept at once."""
         failures = self._breaker.failures
         with self._first_reading:
-            if not self._watch or (self._watcher is not None and self._watcher.alive):
+            if not self._watch or self._is_watching():
                 return
             if self._breaker.failures != failures:  # of whom we waited for: a slow store is waited for once
                 raise StoreUnavailable(self._breaker.error)
@@ -285,10 +288,10 @@ class _Engine(Generic[_F]):
 
     def health(self) -> Health:
         """Tell how it is. Asks nobody: cheap enough for any health check."""
-        watcher, breaker, now = self._watcher, self._breaker, self._monotonic()
+        breaker, now = self._breaker, self._monotonic()
         return Health(
             ok=self._bound and not breaker.is_open,
-            watching=watcher is not None and watcher.alive,
+            watching=self._is_watching(),
             trusted_for=max(0.0, self._cache.trusted_until - now),
             known=len(self._cache.entries),
             unknown=len(self._cache.unknown),
@@ -545,7 +548,9 @@ class AsyncAuthenticator(_Engine["asyncio.Task[_Fetched]"]):
             self._take_off((loop, digest), flight)
             flight.add_done_callback(lambda done: self._landed((loop, digest), done))
         try:
-            return await asyncio.wait_for(asyncio.shield(flight), self._timeout)
+            # Not wait_for: before Python 3.12 it loses a cancellation that meets the answer.
+            async with asyncio.timeout(self._timeout):
+                return await asyncio.shield(flight)
         except TimeoutError:
             raise self._too_slow() from None
 

@@ -50,9 +50,9 @@ class Breaker:
     Stands around each call to the store as a context manager, after `check` let it through.
     """
 
-    def __init__(self, monotonic: Callable[[], float], *, watched: bool) -> None:
+    def __init__(self, monotonic: Callable[[], float], *, watched: Callable[[], bool]) -> None:
         self._monotonic = monotonic
-        self._last_retry = LAST_RETRY_WATCHED if watched else LAST_RETRY
+        self._watched = watched
         self._retry = FIRST_RETRY
         self._retry_at = 0.0
         self.is_open = False
@@ -81,7 +81,7 @@ class Breaker:
         self.error = str(error)
         self.failures += 1
         self._retry_at = self._monotonic() + self._retry
-        self._retry = min(self._retry * 2, self._last_retry)
+        self._retry = min(self._retry * 2, LAST_RETRY_WATCHED if self._watched() else LAST_RETRY)
         if not self.is_open:
             self.is_open = True
             self.outages += 1

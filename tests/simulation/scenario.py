@@ -102,6 +102,7 @@ class App:
             timeout=2.0,
             clock=self.clock,
         )
+        self.authenticator._first_reading = Lock(self.process)  # type: ignore[assignment]  # as far as it is used
         self.cache = self.authenticator._cache
         self.changes = 0
         self.looking = 0
