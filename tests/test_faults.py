@@ -1,6 +1,6 @@
 """Real faults under real load: four processes verify while their store is changed, taken away and given back.
 
-Each kind of store says in `KINDS` how it is made and broken. The figures (how fast, not whether) are the
+Each store comes with what is done to it. The figures (how fast, not whether) are the
 benchmarks' business; here only what must never happen is asserted.
 """
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,9 @@ import pytest
 from conftest import PEPPER
 from papaours_auth import Keys, open_store, parse_peppers
 from support import load
+from support.proxy import Proxy
+from support.redis_servers import NEWEST, WHY_NOT, RedisServer, redis_server
+from support.sql_servers import postgresql
 
 PROCESSES = 4
 OTHERS = 400
@@ -35,22 +38,63 @@ class Broken(NamedTuple):
 
     url: str
     verifying_url: str  # as the load sees it: perhaps through a proxy
-    take_away: Callable[[], None]
-    give_back: Callable[[], None]
+    take_away: Callable[[], object]
+    give_back: Callable[[], object]
 
 
 @contextmanager
 def sqlite_file(folder: Path) -> Iterator[Broken]:
     path, away = folder / "keys.db", folder / "away.db"
     url = f"sqlite:///{path}"
-    yield Broken(url, url, lambda: _move(path, away), lambda: _move(away, path))
+    yield Broken(url, url, lambda: path.rename(away), lambda: away.rename(path))
 
 
-def _move(source: Path, target: Path) -> None:
-    source.rename(target)
+@contextmanager
+def redis_killed(folder: Path) -> Iterator[Broken]:
+    with redis(folder) as server:
+        url = f"redis://{server.address}"
+        yield Broken(url, url, server.kill, server.start)
 
 
-KINDS: dict[str, Callable[[Path], Any]] = {"sqlite": sqlite_file}
+@contextmanager
+def redis_frozen(folder: Path) -> Iterator[Broken]:
+    with redis(folder) as server:
+        url = f"redis://{server.address}"
+        yield Broken(url, url, server.freeze, server.thaw)
+
+
+@contextmanager
+def redis_cut_off(folder: Path) -> Iterator[Broken]:
+    with redis(folder) as server, Proxy(server.port) as proxy:
+        yield cut_off(f"redis://{server.address}", f"redis://127.0.0.1:{proxy.port}", proxy)
+
+
+def redis(folder: Path) -> AbstractContextManager[RedisServer]:
+    if NEWEST is None:
+        pytest.skip(WHY_NOT["6.2"])
+    return redis_server(NEWEST, folder, "--appendonly", "yes", "--appendfsync", "always")
+
+
+@contextmanager
+def postgresql_killed(folder: Path) -> Iterator[Broken]:
+    with postgresql() as server:
+        url = server.url(server.database())
+        yield Broken(url, url, server.kill, server.start)
+
+
+@contextmanager
+def postgresql_cut_off(folder: Path) -> Iterator[Broken]:
+    with postgresql() as server, Proxy(server.port) as proxy:
+        database = server.database()
+        yield cut_off(server.url(database), server.url(database, port=proxy.port), proxy)
+
+
+def cut_off(url: str, verifying_url: str, proxy: Proxy) -> Broken:
+    """Packets are swallowed, connections stay: the worst that a network does."""
+    return Broken(url, verifying_url, lambda: proxy.turn("blackhole"), lambda: proxy.turn("pass"))
+
+
+Kind = Callable[[Path], AbstractContextManager[Broken]]
 
 
 class Load:
@@ -115,10 +159,11 @@ class Estate(NamedTuple):
     load: Load
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture
 def estate(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Estate]:
+    kind: Kind = request.param
     with ExitStack() as stack:
-        broken = stack.enter_context(KINDS[request.param](tmp_path))
+        broken = stack.enter_context(kind(tmp_path))
         open_store(broken.url, create=True).close()
         keys = stack.enter_context(Keys(broken.url, peppers=parse_peppers(PEPPER)))
         machine = keys.create_machine("Service de facturation", organisation="cfa-lyon").id
@@ -132,6 +177,7 @@ def outcomes(reports: list[dict[str, Any]], phase: str, what: str) -> set[str]:
     return {outcome for report in reports for outcome in report[phase]["outcomes"][what]}
 
 
+@pytest.mark.parametrize("estate", [sqlite_file, redis_killed, postgresql_killed], indirect=True)
 def test_a_key_disabled_under_load_is_refused_by_every_process_within_the_bound(
     estate: Estate, record_property: Callable[[str, object], None]
 ) -> None:
@@ -152,6 +198,36 @@ def test_a_key_disabled_under_load_is_refused_by_every_process_within_the_bound(
     assert estate.keys.key(estate.target).status == "inactive"
 
 
+@pytest.mark.parametrize("estate", [redis_cut_off, postgresql_cut_off], indirect=True)
+def test_pitfall_18_with_the_feed_cut_a_disabled_key_is_not_accepted_beyond_the_bound(
+    estate: Estate, record_property: Callable[[str, object], None]
+) -> None:
+    """The administrator reaches the store, the verifiers hear and reach nothing."""
+    estate.load.begin("before")
+    estate.load.begin("cut", 0)
+    estate.broken.take_away()
+    estate.keys.disable_key(estate.target)
+    committed = time.monotonic()
+    time.sleep(MAX_STALENESS + SLACK)
+    estate.load.begin("deaf")
+    estate.load.begin("healing", 0)
+    estate.broken.give_back()
+    time.sleep(1.0 + SLACK)
+    estate.load.begin("after")
+    reports = estate.load.stop()
+    last = max(report["cut"]["last_accepted"] for report in reports)
+    record_property("milliseconds from commit to last acceptance", round((last - committed) * 1000, 1))
+    assert last < committed + MAX_STALENESS + SLACK
+    for what in ("target", "other", "unknown"):
+        assert outcomes(reports, "deaf", what) == {"store_unavailable"}
+    assert outcomes(reports, "healing", "target") <= {"store_unavailable", "key_inactive"}
+    assert outcomes(reports, "after", "target") == {"key_inactive"}
+    assert outcomes(reports, "after", "other") == {"accepted"}
+
+
+@pytest.mark.parametrize(
+    "estate", [sqlite_file, redis_killed, redis_frozen, postgresql_killed], indirect=True
+)
 def test_a_store_that_goes_away_under_load_is_an_outage_and_is_used_again_when_it_is_back(
     estate: Estate, record_property: Callable[[str, object], None]
 ) -> None:
