@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all test-lowest check bench clean
+.PHONY: demo test test-all test-lowest check bench bench-report bench-guard clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/papaours-auth demo $(if $(KEEP),--keep)
@@ -33,8 +33,19 @@ check: $(VENV)/.check
 	$(BIN)/python -m coverage report
 	@sh tests/built-wheel.sh $(BIN)/python
 
-bench: $(VENV)/.test
-	$(BIN)/python benchmarks/floor.py
+# All benchmarks, or one: `make bench-floor`. A load generator and instruction counts need wrk and valgrind.
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-%: $(VENV)/.bench
+	$(BIN)/python -m benchmarks $* $(ARGS)
+
+# docs/performance.md and its plots, from benchmarks/results/.
+bench-report: $(VENV)/.test
+	$(BIN)/python -m benchmarks.report
+
+bench-guard: $(VENV)/.test
+	$(BIN)/python -m benchmarks.guard
 
 clean:
 	rm -rf .venv* dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
@@ -55,4 +66,8 @@ $(VENV)/.test: $(VENV)/.pip
 
 $(VENV)/.check: $(VENV)/.test
 	$(BIN)/pip install --quiet --group check
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(BIN)/pip install --quiet --group bench
 	@touch $@

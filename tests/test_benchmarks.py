@@ -1,0 +1,71 @@
+"""The benchmarks still run, and their harness tells the truth. What they measure is not judged here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+harness = pytest.importorskip("benchmarks.harness", reason="benchmarks/ is not here: this is the built wheel")
+
+from benchmarks import floor, guard, middleware  # noqa: E402
+from benchmarks.harness import Figure, Result, interleave, load, looped, percentile, show, write  # noqa: E402
+
+TINY = 0.01
+
+
+def test_a_figure_is_reached_or_missed_at_its_goal() -> None:
+    assert Figure("a", 1.0, goal=1.0).verdict == "reached"
+    assert Figure("a", 1.01, goal=1.0).verdict == "MISSED"
+    assert Figure("a", 15, goal=15, at_most=False).verdict == "reached"
+    assert Figure("a", 14.9, goal=15, at_most=False).verdict == "MISSED"
+    assert Figure("a", 14.9).verdict == ""
+
+
+def test_a_missed_goal_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    show(Result("a", "A", [Figure("the ratio", 2.0, goal=1.0, note="too slow")], ["redis: not here"]))
+    printed = capsys.readouterr().out
+    assert "MISSED" in printed
+    assert "too slow" in printed
+    assert "not measured: redis: not here" in printed
+
+
+def test_a_result_is_written_with_its_machine_and_read_back(tmp_path: Path) -> None:
+    result = Result("a", "A", [Figure("b", 1.5, goal=2, spread=(1.0, 2.0))], ["c"], {"d": [1.0, 2.0]})
+    path = write(result, tmp_path)
+    machine, read = load(path)
+    assert read == result
+    assert machine["python"]
+    assert "host" not in json.dumps(machine)
+
+
+def test_interleaved_rounds_see_what_is_slower() -> None:
+    found = interleave(
+        {"short": looped(sum, range(10)), "long": looped(sum, range(10_000))}, rounds=5, count=20
+    )
+    assert min(found["long"]) > max(found["short"])
+
+
+def test_a_percentile_is_a_value_that_was_seen() -> None:
+    assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert percentile([1.0], 0.99) == 1.0
+
+
+def test_the_guard_names_what_is_worse_and_what_is_gone() -> None:
+    results = [Result("a", "A", [Figure("x", 2.0), Figure("y", 1.0)])]
+    assert guard.regressions(results, {"x": 2.5, "y": 1.5}) == []
+    assert guard.regressions(results, {"x": 1.5}) == ["x: 2.00 > 1.5"]
+    assert guard.regressions(results, {"z": 1.5}) == ["z: not measured"]
+    assert guard.regressions(results, {"z (callgrind)": 1.5}) == []
+
+
+def test_every_bound_of_the_guard_is_measured() -> None:
+    results = [floor.run(TINY, count_instructions=False), middleware.run(TINY)]
+    assert not [line for line in guard.regressions(results) if line.endswith("not measured")]
+
+
+def test_the_floor_verifies_as_well() -> None:
+    for made in (floor.floor, floor.copied_floor):
+        assert made(b"right")(b"right") is not None
+        assert made(b"right")(b"wrong") is None
