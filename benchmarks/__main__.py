@@ -12,7 +12,7 @@ from typing import Final
 
 from .harness import show, write
 
-NAMES: Final = ("floor", "middleware")
+NAMES: Final = ("floor", "middleware", "peers", "cold", "flood")
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ import pytest
 
 harness = pytest.importorskip("benchmarks.harness", reason="benchmarks/ is not here: this is the built wheel")
 
-from benchmarks import floor, guard, middleware  # noqa: E402
+from benchmarks import cold, flood, floor, guard, middleware, peers  # noqa: E402
 from benchmarks.harness import Figure, Result, interleave, load, looped, percentile, show, write  # noqa: E402
 
 TINY = 0.01
@@ -69,3 +69,26 @@ def test_the_floor_verifies_as_well() -> None:
     for made in (floor.floor, floor.copied_floor):
         assert made(b"right")(b"right") is not None
         assert made(b"right")(b"wrong") is None
+
+
+def test_the_flood_counts_no_store_read_for_a_forged_key() -> None:
+    figures = {figure.name: figure for figure in flood.run(0.0002).figures}
+    (reads,) = [figure for name, figure in figures.items() if "our format: store reads" in name]
+    assert reads.value == 0
+    assert figures["foreign: store reads"].value == 100  # the counter counts
+
+
+def test_cold_verification_runs_on_stores_filled_by_sql() -> None:
+    result = cold.run(TINY / 100)
+    assert any(figure.goal == cold.GOAL for figure in result.figures)
+
+
+@pytest.mark.parametrize("modules", [("keyshield", "aiocache", "argon2")])
+def test_peers_that_answer_from_memory_run(modules: tuple[str, ...]) -> None:
+    for module in modules:
+        pytest.importorskip(module, reason=f"{module} is not installed: it comes with the group bench")
+    assert peers.keyshield_loop(cached=True, delays=False)(2) > 0
+
+
+def test_peers_run_with_fastapi_alone() -> None:
+    assert peers.fastapi_loop(hashed=True)(2) > 0
