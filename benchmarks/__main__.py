@@ -12,7 +12,7 @@ from typing import Final
 
 from .harness import show, write
 
-NAMES: Final = ("floor", "middleware", "peers", "cold", "flood")
+NAMES: Final = ("floor", "middleware", "peers", "cold", "flood", "timing", "threads", "server", "revocation")
 
 
 def main() -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
@@ -12,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Final, NamedTuple
 
 from papaours_auth import Keys, PepperRing, open_store, parse_peppers
+from papaours_auth.digest import new_pepper
 from papaours_auth.stores import Store
 
 TRUST: Final = 3600.0
@@ -23,10 +22,12 @@ class Place(NamedTuple):
 
     url: str
     peppers: PepperRing
+    secret: str
+    """The peppers as PAPAOURS_PEPPER has them, for other processes."""
 
 
 def new_peppers() -> PepperRing:
-    return parse_peppers("p1:" + base64.urlsafe_b64encode(secrets.token_bytes(32)).decode())
+    return parse_peppers(new_pepper())
 
 
 def shared_stores() -> tuple[str, ...]:
@@ -58,7 +59,8 @@ def place(name: str) -> Iterator[Place]:
         folder = stack.enter_context(TemporaryDirectory())
         url = f"sqlite:///{Path(folder) / 'keys.db'}"
         open_store(url, create=True).close()
-        yield Place(url, new_peppers())
+        secret = new_pepper()
+        yield Place(url, parse_peppers(secret), secret)
 
 
 def one_key(store: Store | str, peppers: PepperRing) -> tuple[str, str]:

@@ -9,8 +9,11 @@ import pytest
 
 harness = pytest.importorskip("benchmarks.harness", reason="benchmarks/ is not here: this is the built wheel")
 
-from benchmarks import cold, flood, floor, guard, middleware, peers  # noqa: E402
+from benchmarks import cold, flood, floor, guard, middleware, peers, revocation, server, threads, timing  # noqa: E402
 from benchmarks.harness import Figure, Result, interleave, load, looped, percentile, show, write  # noqa: E402
+from benchmarks.subjects import one_key, place  # noqa: E402
+
+from papaours_auth.digest import PEPPER_VARIABLE  # noqa: E402
 
 TINY = 0.01
 
@@ -92,3 +95,40 @@ def test_peers_that_answer_from_memory_run(modules: tuple[str, ...]) -> None:
 
 def test_peers_run_with_fastapi_alone() -> None:
     assert peers.fastapi_loop(hashed=True)(2) > 0
+
+
+def test_the_timing_benchmark_judges_against_its_controls_and_looks_for_a_deliberate_leak() -> None:
+    figures = {figure.name: figure for figure in timing.run(TINY / 100).figures}
+    assert figures["cached: unknown against first byte wrong"].goal is not None
+    (leak,) = [figure for name, figure in figures.items() if name.startswith("a deliberate ==")]
+    assert not leak.at_most
+
+
+def test_threads_and_stalls_run() -> None:
+    assert {figure.unit for figure in threads.run(TINY).figures} == {"ns a call", "x", "ms"}
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_revocation_is_timed_over_processes(cut: bool) -> None:
+    with place("sqlite") as there:
+        assert len(revocation.revoked(there, 1, cut=cut)) == 1
+
+
+def test_a_server_is_loaded_with_and_without_the_middleware() -> None:
+    with place("sqlite") as there:
+        key = one_key(there.url, there.peppers)[0]
+        guard = {"PAPAOURS_STORE": there.url, PEPPER_VARIABLE: there.secret}
+        with server.serving(server.CASES[1], guard, key) as port:
+            assert server.threads(port, key, 2, 0.2).rate > 0
+
+
+def test_the_words_of_wrk_are_read() -> None:
+    said = """
+  Latency Distribution
+     50%  118.00us
+     99%    1.32ms
+Requests/sec:   7410.30
+"""
+    assert server.read_wrk(said) == server.Load(7410.3, 118.0, 1320.0)
+    with pytest.raises(RuntimeError, match="well"):
+        server.read_wrk(said + "  Non-2xx or 3xx responses: 7")
