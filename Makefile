@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all test-lowest check bench bench-report bench-guard clean
+.PHONY: demo test test-all test-lowest check bench bench-guard clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/papaours-auth demo $(if $(KEEP),--keep)
@@ -39,10 +39,6 @@ bench: $(VENV)/.bench
 
 bench-%: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $* $(ARGS)
-
-# docs/performance.md and its plots, from benchmarks/results/.
-bench-report: $(VENV)/.test
-	$(BIN)/python -m benchmarks.report
 
 bench-guard: $(VENV)/.test
 	$(BIN)/python -m benchmarks.guard

@@ -1,6 +1,6 @@
 """Run benchmarks by name; without one, all of them.
 
-`--scale 0.1` runs a tenth of the rounds. Exits with 0 also where a goal is missed: the table and the report say so.
+`--scale 0.1` runs a tenth of the rounds. Exits with 0 also where a goal is missed: the table says so.
 """
 
 from __future__ import annotations

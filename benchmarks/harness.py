@@ -203,7 +203,7 @@ def show(result: Result) -> None:
 
 
 def write(result: Result, folder: Path = RESULTS) -> Path:
-    """Write the JSON file that `make bench-report` reads."""
+    """Write the JSON file."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{result.name}.json"
     text = json.dumps({"machine": machine(), **asdict(result)}, indent=1, ensure_ascii=False)
