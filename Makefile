@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all test-lowest check simulate bench clean
+.PHONY: demo test test-all test-lowest check simulate bench bench-guard clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/papaours-auth demo $(if $(KEEP),--keep)
@@ -37,9 +37,15 @@ check: $(VENV)/.check
 simulate: $(VENV)/.test
 	@PYTHONPATH=tests $(BIN)/python -m simulation $(if $(SEED),--seed $(SEED),--count $(or $(COUNT),10000)) $(ARGS)
 
-bench: $(VENV)/.test
-	$(BIN)/python benchmarks/floor.py
-	$(BIN)/python benchmarks/redis_lookup.py
+# All benchmarks, or one: `make bench-floor`. A load generator and instruction counts need wrk and valgrind.
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-%: $(VENV)/.bench
+	$(BIN)/python -m benchmarks $* $(ARGS)
+
+bench-guard: $(VENV)/.test
+	$(BIN)/python -m benchmarks.guard
 
 clean:
 	rm -rf .venv* dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
@@ -60,4 +66,8 @@ $(VENV)/.test: $(VENV)/.pip
 
 $(VENV)/.check: $(VENV)/.test
 	$(BIN)/pip install --quiet --group check
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(BIN)/pip install --quiet --group bench
 	@touch $@

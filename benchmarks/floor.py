@@ -1,55 +1,59 @@
-"""Cached verification against the floor: one keyed BLAKE2b, one `dict.get`, one `compare_digest`, in one function.
-
-Rounds of both are interleaved in one process, since machines are noisy; the figure is the ratio of the best rounds,
-with the median round beside it. Goal (design 11): 1.25 at most.
-"""
+"""Cached verification against the floor: one keyed BLAKE2b, one `dict.get`, one `compare_digest`, in one function."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import secrets
-import statistics
 import time
 from collections.abc import Callable
 from hashlib import blake2b
 from hmac import compare_digest
+from typing import Final
 
-from papaours_auth import AsyncAuthenticator, Authenticator, Keys, open_async_store, parse_peppers
+from papaours_auth import AsyncAuthenticator, Authenticator, open_async_store
 
-ROUNDS, CALLS = 300, 2_000
-GOAL = 1.25
+from .harness import Loop, Result, compared, interleave, looped
+from .subjects import TRUST, new_peppers, one_key
+
+GOAL: Final = 1.25
 
 
-def main() -> int:
-    peppers = parse_peppers("p1:" + base64.urlsafe_b64encode(secrets.token_bytes(32)).decode())
-    store = open_async_store("memory://")
-    keys = Keys(store.sync, peppers=peppers)
-    machine = keys.create_machine("Service de facturation", organisation="cfa-lyon")
-    new = keys.create_key(machine.id, name="Production - Banc d'essai", environment="prod")
-    key = new.secret.reveal().encode()
-
-    with Authenticator(store.sync, environment="prod", peppers=peppers, max_staleness=60) as authenticator:
+def run(scale: float = 1.0, *, count_instructions: bool = True) -> Result:
+    result = Result("floor", "Cached verification against the floor (keyed hash + dict.get + compare_digest)")
+    peppers, store = new_peppers(), open_async_store("memory://")
+    key = one_key(store.sync, peppers)[0].encode()
+    awaiting = AsyncAuthenticator(store, environment="prod", peppers=peppers, max_staleness=TRUST)
+    with Authenticator(store.sync, environment="prod", peppers=peppers, max_staleness=TRUST) as authenticator:
         authenticator.authenticate(key)
-        calls: dict[str, Callable[[bytes], object]] = {
-            "the floor": floor(key),
-            "the floor again (control)": floor(key),
-            "the floor, hash state copied": copied_floor(key),
-            "Authenticator.authenticate": authenticator.authenticate,
-            "Authenticator.cached": authenticator.cached,
+        subjects = {
+            "the floor": looped(floor(key), key),
+            "the floor again (control)": looped(floor(key), key),
+            "the floor, hash state copied": looped(copied_floor(key), key),
+            "Authenticator.authenticate": looped(authenticator.authenticate, key),
+            "Authenticator.cached": looped(authenticator.cached, key),
+            "await AsyncAuthenticator.authenticate": awaited(awaiting, key),
         }
-        found = measure(calls, key)
-    best = {name: min(rounds) for name, rounds in found.items()}
-    middle = {name: statistics.median(rounds) for name, rounds in found.items()}
-    print(f"{'':30} {'best':>9} {'median':>9} {'ratio':>7} {'of medians':>11}")
-    for name in calls:
-        ratio, other = best[name] / best["the floor"], middle[name] / middle["the floor"]
-        print(f"{name:30} {best[name]:6.0f} ns {middle[name]:6.0f} ns {ratio:7.2f} {other:11.2f}")
-    awaited = asyncio.run(awaited_call(AsyncAuthenticator(store, environment="prod", peppers=peppers), key))
-    print(f"{'await AsyncAuthenticator…':30} {awaited:6.0f} ns {'':12} {awaited / best['the floor']:7.2f}")
-    missed = best["Authenticator.authenticate"] / best["the floor"] > GOAL
-    print(f"goal {GOAL}: {'MISSED' if missed else 'reached'}")
-    return int(missed)
+        found = interleave(subjects, rounds=max(4, int(300 * scale)), count=max(20, int(2000 * scale**0.5)))
+    asyncio.run(awaiting.aclose())
+    for name in list(subjects)[1:]:
+        goal = GOAL if name == "Authenticator.authenticate" else None
+        result.add(f"{name} / the floor", **compared(found[name], found["the floor"]), goal=goal)
+    result.times(found)
+    if count_instructions:
+        _add_instructions(result)
+    return result
+
+
+def _add_instructions(result: Result) -> None:
+    from . import instructions  # it counts this module's floor
+
+    ours, bottom = instructions.counted("authenticate", "floor")
+    if ours is None or bottom is None:
+        result.left_out.append("instruction counts: valgrind is not installed, or cannot run this Python")
+        return
+    result.add("instructions: authenticate / the floor (callgrind)", ours / bottom, goal=GOAL)
+    result.add("instructions: authenticate (callgrind)", ours, "instructions")
+    result.add("instructions: the floor (callgrind)", bottom, "instructions")
 
 
 def floor(key: bytes) -> Callable[[bytes], object]:
@@ -86,30 +90,14 @@ def copied_floor(key: bytes) -> Callable[[bytes], object]:
     return verify
 
 
-def measure(calls: dict[str, Callable[[bytes], object]], key: bytes) -> dict[str, list[float]]:
-    """Give the nanoseconds a call took in each round, rounds interleaved."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            begin = time.perf_counter_ns()
-            for _ in range(CALLS):
-                call(key)
-            found[name].append((time.perf_counter_ns() - begin) / CALLS)
-    return found
+def awaited(authenticator: AsyncAuthenticator, key: bytes) -> Loop:
+    """Time an awaited hit, within a loop that is there already."""
 
-
-async def awaited_call(authenticator: AsyncAuthenticator, key: bytes) -> float:
-    """Give the nanoseconds of an awaited hit, in the best round."""
-    best = float("inf")
-    async with authenticator:
+    async def rounds(count: int) -> float:
         await authenticator.authenticate(key)
-        for _ in range(ROUNDS // 3):
-            begin = time.perf_counter_ns()
-            for _ in range(CALLS):
-                await authenticator.authenticate(key)
-            best = min(best, (time.perf_counter_ns() - begin) / CALLS)
-    return best
+        begin = time.perf_counter_ns()
+        for _ in range(count):
+            await authenticator.authenticate(key)
+        return (time.perf_counter_ns() - begin) / count
 
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    return lambda count: asyncio.run(rounds(count))
