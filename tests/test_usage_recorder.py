@@ -46,7 +46,7 @@ def rows(
 
 
 def call(recorder: Recorder, status: int = 200, *, route: str = "/contracts", end: bool = True) -> Call:
-    made = Call.now(CALLER, "192.0.2.7", "GET")
+    made = Call(CALLER, "192.0.2.7", "GET")
     made.route = route
     recorder.sent(made, status)
     if end:
@@ -251,7 +251,7 @@ def test_refusals_of_nobody_are_counted_by_reason_and_network(
 def test_absurd_events_harm_nothing(make: Callable[..., Recorder], tmp_path: Path, text: str) -> None:
     path = tmp_path / "usage.db"
     with make(SQLiteSink(path)) as recorder:
-        made = Call(CALLER, text, text, started=1e300, began=1e30)
+        made = Call(CALLER, text, text, began=1e30)
         made.route = made.request_id = text
         recorder.sent(made, 10**9)
         recorder.done(made, Outcome.COMPLETED)
@@ -282,7 +282,7 @@ def test_old_events_go_and_a_batch_comes_once(tmp_path: Path) -> None:
     sink = SQLiteSink(tmp_path / "usage.db", retention=Retention(events=1, minute=1, hour=1, day=30))
     batches: list[Batch] = []
     with Recorder(CallableSink(batches.append), interval=SLOW) as recorder:
-        old = Call(CALLER, None, "GET", started=0.0, began=86400.0 * 365)
+        old = Call(CALLER, None, "GET", began=86400.0 * 365)
         recorder.done(old, Outcome.COMPLETED)
         call(recorder)
     for batch in batches * 2:

@@ -157,7 +157,7 @@ class PapaoursAuthMiddleware(Guard):
         if self.recorder is None:
             await self.app(scope, receive, private(send))
             return
-        call = Call.now(identity, client, scope.get("method", "WEBSOCKET"))
+        call = Call(identity, client, scope.get("method", "WEBSOCKET"))
         # Not a coroutine of ours: only the frame that is here anyway sees how the app ended.
         try:
             await self.app(scope, receive, self._recorded(send, call, scope))
@@ -177,7 +177,7 @@ class PapaoursAuthMiddleware(Guard):
             recorder.refused(refused.reason, client)
             await respond(refused, scope, send)
             return
-        call = Call.now(refused.known, client, scope.get("method", "WEBSOCKET"), refused.reason.value)
+        call = Call(refused.known, client, scope.get("method", "WEBSOCKET"), refused.reason.value)
         try:
             await respond(refused, scope, self._recorded(send, call, scope))
         finally:

@@ -138,7 +138,7 @@ class _Recording:
         self._recorder, self._environ = recorder, environ
         self._token = guard.authenticator.format.token
         client = guard._client(environ)  # noqa: SLF001 - of this file
-        self._call = Call.now(caller, client, environ["REQUEST_METHOD"], reason)
+        self._call = Call(caller, client, environ["REQUEST_METHOD"], reason)
         self._ended = False
         self._whole = False
         self._body: Iterable[bytes] = ()

@@ -60,6 +60,13 @@ class Refusals(NamedTuple):
     calls: int
 
 
+_monotonic, _time, _STARTED = (
+    time.monotonic,
+    time.time,
+    Outcome.STARTED,
+)  # bound once: each call pays for them
+
+
 class Call:
     """A call under way: filled in by a middleware, and read when it has ended."""
 
@@ -73,26 +80,19 @@ class Call:
         identity: Identity,
         address: str | None,
         method: str,
-        started: float,
-        began: float,
         reason: str = "",
+        began: float | None = None,
     ) -> None:
         self.identity = identity
         self.address = address
         self.method = method
-        self.started = started  # monotonic seconds
-        self.began = began  # wall clock seconds
+        self.started = _monotonic()  # seconds; the recorder makes a duration of it
+        self.began = _time() if began is None else began
         self.reason = reason
         self.route = self.request_id = ""
-        self.status = 0
-        self.outcome = Outcome.STARTED
+        self.status = self.place = 0
+        self.outcome = _STARTED
         self.segment: Segment | None = None
-        self.place = 0
-
-    @classmethod
-    def now(cls, identity: Identity, address: str | None, method: str, reason: str = "") -> Call:
-        """Begin a call at this moment."""
-        return cls(identity, address, method, time.monotonic(), time.time(), reason)
 
 
 def clean(text: object, kind: str) -> str:
