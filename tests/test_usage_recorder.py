@@ -291,6 +291,20 @@ def test_old_events_go_and_a_batch_comes_once(tmp_path: Path) -> None:
     assert rows(sink.path, "select 1, calls from usage_keys") == {1: 2}
 
 
+def test_more_old_events_than_go_at_once_go_with_the_next_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("papaours_auth.usage.sqlite._PRUNE_ROWS", 10)
+    path = tmp_path / "usage.db"
+    with Recorder(SQLiteSink(path), interval=SLOW) as recorder:
+        for _ in range(25):
+            recorder.done(Call(CALLER, None, "GET", began=0.0), Outcome.COMPLETED)
+        for _ in range(4):
+            call(recorder)
+            recorder.flush()
+    assert rows(path, "select time = 0, count(*) from usage_events group by 1").get(1) is None
+
+
 @pytest.mark.parametrize("url", ["redis://x", "sqlite:///", "sqlite:///:memory:", "usage.db"])
 def test_a_url_that_names_no_sink_stops_the_app(url: str) -> None:
     with pytest.raises(ConfigurationError):

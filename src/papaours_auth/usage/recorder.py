@@ -352,7 +352,7 @@ class Recorder:
 
     def _seal(self, *, last: bool) -> None:
         active = self._active
-        if self._spare is None and not last and active is not None and not active.half_full:
+        if active is None or (self._spare is None and not last and not active.half_full):
             return  # the disk is full: what there is of a segment is worth more than a prompt delivery
         refusals = self._take_refusals()
         bodies = _packed(refusals)

@@ -56,7 +56,7 @@ class SQLiteSink:
     def __init__(self, path: Path | str, *, retention: Retention = Retention()) -> None:  # noqa: B008 - immutable
         self.path = Path(path).absolute()
         self._retention = retention
-        self._pruned = 0.0
+        self._pruned = float("-inf")
         self._ready = False
 
     def write(self, batch: Batch) -> None:
@@ -66,8 +66,9 @@ class SQLiteSink:
             with _transaction(connection):
                 if _first_time(connection, batch):
                     _store(connection, batch)
-                if time.monotonic() - self._pruned > _PRUNE_EVERY:
-                    self._prune(connection, time.time_ns() // 1000)
+                due = time.monotonic() - self._pruned > _PRUNE_EVERY
+                # With more to go, the next batch goes on: events do not come faster than they go.
+                if due and self._prune(connection, time.time_ns() // 1000):
                     self._pruned = time.monotonic()
 
     @contextlib.contextmanager
@@ -85,9 +86,9 @@ class SQLiteSink:
             connection.execute("pragma synchronous=normal")  # SIGKILL is covered, power loss is not
             yield connection
 
-    def _prune(self, connection: sqlite3.Connection, now: int) -> None:
-        """Forget what is too old, a bounded number of rows at a time."""
-        connection.execute(
+    def _prune(self, connection: sqlite3.Connection, now: int) -> bool:
+        """Forget what is too old, a bounded number of rows at a time; false where more is to go."""
+        gone = connection.execute(
             "delete from usage_events where id in (select id from usage_events where time < ? limit ?)",
             (now - int(self._retention.events * _DAY), _PRUNE_ROWS),
         )
@@ -96,6 +97,7 @@ class SQLiteSink:
             connection.execute("delete from usage_series where step = ? and start < ?", (step, oldest))
         connection.execute("delete from usage_refusals where minute < ?", (now - _LONGEST,))
         connection.execute("delete from usage_batches where at < ?", (now - _LONGEST,))
+        return gone.rowcount < _PRUNE_ROWS
 
 
 @contextlib.contextmanager
