@@ -33,6 +33,7 @@ LAYERS = [
         "watcher.py",
         "usage/__init__.py",
         "usage/event.py",
+        "usage/questions.py",
         "usage/recorder.py",
         "usage/sinks.py",
         "usage/spool.py",
