@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,13 @@ LAYERS = [
         "stores/sql.py",
         "cache.py",
         "watcher.py",
+        "usage/__init__.py",
+        "usage/event.py",
+        "usage/questions.py",
+        "usage/recorder.py",
+        "usage/sinks.py",
+        "usage/spool.py",
+        "usage/sqlite.py",
     },
     {"outage.py", "authenticator.py", "keys.py", "testing.py"},
     {"__init__.py", "_middleware.py"},
@@ -210,6 +218,19 @@ def test_pitfall_24_nothing_on_the_request_path_can_administer() -> None:
                 ("_store", "_async_store", "_feed")
             ):
                 assert node.attr in reading | {"read", "wait", "wake"}, f"{name}:{node.lineno} {node.attr}"
+
+
+def test_pitfall_14_usage_cannot_reach_a_status() -> None:
+    """It imports no store and no administration, and its statements name tables of its own alone."""
+    for name in (name for name in NAMES.values() if name.startswith("usage/")):
+        assert not {
+            found for found in imported(SOURCE / name) if found == "keys.py" or found.startswith("stores/")
+        }
+    words = (SOURCE / "usage" / "sqlite.py").read_text(encoding="utf-8").split()
+    following = {"into", "update", "from", "exists", "on"}
+    tables = {after for word, after in pairwise(words) if word.strip('"') in following and "_" in after}
+    assert tables
+    assert all(table.startswith(("usage_", "__future__")) for table in tables)
 
 
 @pytest.mark.parametrize("name", sorted({name for name in NAMES.values() if not name.startswith("_")}))

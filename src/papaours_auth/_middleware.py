@@ -8,8 +8,10 @@ from typing import Final, Literal, TypedDict
 
 from .authenticator import Options
 from .exceptions import ConfigurationError
+from .usage import Recorder
 
 STORE_VARIABLE: Final = "PAPAOURS_STORE"
+_LONGEST_ROUTE: Final = 1024
 
 
 class GateOptions(TypedDict, total=False):
@@ -42,6 +44,17 @@ def store_url() -> str:
             "make one with 'papaours-auth init'"
         )
     return url
+
+
+def recorder_for(usage: Recorder | str | None) -> Recorder | None:
+    """Give the recorder an app asked for. Raises `ConfigurationError`."""
+    return Recorder(usage) if isinstance(usage, str) else usage
+
+
+def route_of(text: object, token: str) -> str:
+    """Give a route as it may be recorded: bounded, and hidden where somebody put a key into it."""
+    short = str(text)[:_LONGEST_ROUTE]
+    return "(hidden: it looks like a key)" if f"{token}_" in short else short
 
 
 def needed(environment: str | None) -> str:

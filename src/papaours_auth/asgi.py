@@ -6,16 +6,27 @@ The identity is ``scope["papaours"]``; ``scope["user"]`` and ``scope["auth"]`` a
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
+from http import HTTPStatus
 from typing import Any, Final, TypeAlias, Unpack
 
-from ._middleware import ANONYMOUS, MiddlewareOptions, needed, split_options, store_url
+from ._middleware import (
+    ANONYMOUS,
+    MiddlewareOptions,
+    needed,
+    recorder_for,
+    route_of,
+    split_options,
+    store_url,
+)
 from .authenticator import AsyncAuthenticator
 from .exceptions import ConfigurationError, Reason, Refused, StoreUnavailable
 from .http import Gate, credentials, join_headers, render
 from .model import Identity
 from .stores import AsyncStore
+from .usage import Call, Outcome, Recorder
 
 # Any: ASGI messages are dictionaries of whatever their type says (asgiref has no better type either).
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -26,6 +37,7 @@ App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 logger = logging.getLogger("papaours_auth")
 POLICY_VIOLATION: Final = 1008  # RFC 6455 section 7.4.1
+_SWITCHING: Final = 101
 
 
 class Guard:
@@ -105,7 +117,10 @@ class Guard:
 
 
 class PapaoursAuthMiddleware(Guard):
-    """Lets requests with a valid key through to ``app`` and answers the others itself. Options: see `Guard`."""
+    """Lets requests with a valid key through to ``app`` and answers the others itself. Options: see `Guard`.
+
+    ``usage``: where calls are recorded, a `Recorder` or a URL such as ``sqlite:///usage.db``; nowhere by default.
+    """
 
     def __init__(
         self,
@@ -114,10 +129,12 @@ class PapaoursAuthMiddleware(Guard):
         environment: str | None = None,
         store: str | AsyncStore | None = None,
         authenticator: AsyncAuthenticator | None = None,
+        usage: Recorder | str | None = None,
         **options: Unpack[MiddlewareOptions],
     ) -> None:
         self.app = app
         super().__init__(environment=environment, store=store, authenticator=authenticator, **options)
+        self.recorder = recorder_for(usage)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Guard one connection (ASGI 3)."""
@@ -136,10 +153,85 @@ class PapaoursAuthMiddleware(Guard):
             if self._passes(refused, scope):
                 await self._pass_anonymous(scope, receive, send)
             else:
-                await respond(refused, scope, send)
+                await self._refuse(refused, scope, send)
             return
         scope["papaours"] = scope["user"] = scope["auth"] = identity
-        await self.app(scope, receive, private(send))
+        if self.recorder is None:
+            await self.app(scope, receive, private(send))
+            return
+        call = Call(identity, client, scope.get("method", "WEBSOCKET"))
+        # Not a coroutine of ours: only the frame that is here anyway sees how the app ended.
+        try:
+            await self.app(scope, receive, self._recorded(send, call, scope))
+        except BaseException as error:
+            gone = isinstance(error, asyncio.CancelledError | OSError) and call.status != 0
+            self._done(call, scope, Outcome.GONE if gone else Outcome.FAILED)
+            raise
+        self._done(call, scope, call.outcome or Outcome.GONE)
+
+    async def _refuse(self, refused: Refused, scope: Scope, send: Send) -> None:
+        recorder = self.recorder
+        if recorder is None:
+            await respond(refused, scope, send)
+            return
+        client = self._client(scope)
+        if refused.known is None:
+            recorder.refused(refused.reason, client)
+            await respond(refused, scope, send)
+            return
+        call = Call(refused.known, client, scope.get("method", "WEBSOCKET"), refused.reason.value)
+        try:
+            await respond(refused, scope, self._recorded(send, call, scope))
+        finally:
+            self._done(call, scope, call.outcome or Outcome.GONE)
+
+    def _recorded(self, send: Send, call: Call, scope: Scope) -> Send:
+        inner = private(send)
+
+        def wrapped(message: Message) -> Awaitable[None]:
+            kind = message["type"]
+            if kind.endswith("response.start"):
+                self._sent(call, scope, message["status"])
+            elif kind == "websocket.accept":
+                self._sent(call, scope, _SWITCHING)
+            elif kind == "websocket.close" and not call.status:
+                self._sent(call, scope, HTTPStatus.FORBIDDEN.value)  # what servers answer to it
+            if kind == "websocket.close" or (kind.endswith("response.body") and not message.get("more_body")):
+                call.outcome = Outcome.COMPLETED
+            return inner(message)
+
+        return wrapped
+
+    def _sent(self, call: Call, scope: Scope, status: int) -> None:
+        self._describe(call, scope)
+        if self.recorder is not None:
+            self.recorder.sent(call, status)
+
+    def _done(self, call: Call, scope: Scope, outcome: Outcome) -> None:
+        if not call.status:
+            self._describe(call, scope)
+        if self.recorder is not None:
+            self.recorder.done(call, outcome)
+
+    def _describe(self, call: Call, scope: Scope) -> None:
+        token = self.authenticator.format.token
+        template = getattr(scope.get("route"), "path", None)
+        call.route = route_of(template or scope["path"], token)
+        request_id = _header(scope, b"x-request-id")
+        if request_id is not None:
+            call.request_id = route_of(request_id.decode("latin-1"), token)
+
+    async def aclose(self) -> None:
+        """Close the authenticator, unless it was given ready, and deliver what was recorded."""
+        await super().aclose()
+        if self.recorder is not None:
+            await asyncio.to_thread(self.recorder.close)
+
+    async def start(self) -> None:
+        """Check peppers and store, and start the recorder. Raises as `Guard.start` does."""
+        await super().start()
+        if self.recorder is not None:
+            self.recorder.start()
 
     async def _pass_anonymous(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["papaours"] = None

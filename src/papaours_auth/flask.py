@@ -24,6 +24,7 @@ from .exceptions import Reason, Refused
 from .http import render
 from .model import Identity, parse_right
 from .stores import Store
+from .usage import Recorder
 from .wsgi import PapaoursAuthMiddleware, identity_of
 
 __all__ = ["PapaoursAuth", "identity"]
@@ -43,11 +44,13 @@ class PapaoursAuth:
         environment: str | None = None,
         store: str | Store | None = None,
         authenticator: Authenticator | None = None,
+        usage: Recorder | str | None = None,
         **options: Unpack[MiddlewareOptions],
     ) -> None:
         self._environment = environment
         self._store = store
         self._authenticator = authenticator
+        self._usage = usage
         self._options = options
         if app is not None:
             self.init_app(app)
@@ -59,6 +62,7 @@ class PapaoursAuth:
             environment=self._environment,
             store=self._store,
             authenticator=self._authenticator,
+            usage=self._usage,
             **self._options,
         )
         app.extensions[_EXTENSION] = guard

@@ -6,15 +6,16 @@ It waits for the store in the calling thread: there is no event loop here.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Unpack
 
-from ._middleware import MiddlewareOptions, needed, split_options, store_url
+from ._middleware import MiddlewareOptions, needed, recorder_for, route_of, split_options, store_url
 from .authenticator import Authenticator
 from .exceptions import ConfigurationError, Reason, Refused, StoreUnavailable
 from .http import Gate, credentials, render
 from .model import Identity
 from .stores import Store
+from .usage import Call, Outcome, Recorder
 
 logger = logging.getLogger("papaours_auth")
 
@@ -59,13 +60,15 @@ class Guard:
             key = credentials(
                 _header(environ, "HTTP_AUTHORIZATION"), _header(environ, "HTTP_X_API_KEY"), token=self._token
             )
-            forwarded = _header(environ, "HTTP_X_FORWARDED_FOR") if self.gate.believes_proxies else None
-            client = self.gate.client(environ.get("REMOTE_ADDR") or "", forwarded)
-            return self.authenticator.authenticate(key, client=client)
+            return self.authenticator.authenticate(key, client=self._client(environ))
         except Refused as refused:
             if self._passes(refused, environ):
                 return None
             raise
+
+    def _client(self, environ: WSGIEnvironment) -> str | None:
+        forwarded = _header(environ, "HTTP_X_FORWARDED_FOR") if self.gate.believes_proxies else None
+        return self.gate.client(environ.get("REMOTE_ADDR") or "", forwarded)
 
     def _passes(self, refused: Refused, environ: WSGIEnvironment) -> bool:
         if refused.reason is not Reason.MISSING_KEY:
@@ -79,7 +82,10 @@ class Guard:
 
 
 class PapaoursAuthMiddleware(Guard):
-    """Lets requests with a valid key through to ``app`` and answers the others itself. Options: see `Guard`."""
+    """Lets requests with a valid key through to ``app`` and answers the others itself. Options: see `Guard`.
+
+    ``usage``: where calls are recorded, a `Recorder` or a URL such as ``sqlite:///usage.db``; nowhere by default.
+    """
 
     def __init__(
         self,
@@ -88,10 +94,12 @@ class PapaoursAuthMiddleware(Guard):
         environment: str | None = None,
         store: str | Store | None = None,
         authenticator: Authenticator | None = None,
+        usage: Recorder | str | None = None,
         **options: Unpack[MiddlewareOptions],
     ) -> None:
         self.app = app
         super().__init__(environment=environment, store=store, authenticator=authenticator, **options)
+        self.recorder = recorder_for(usage)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Guard one request (PEP 3333)."""
@@ -101,8 +109,93 @@ class PapaoursAuthMiddleware(Guard):
         try:
             identity = environ["papaours.identity"] = self.identify(environ)
         except Refused as refused:
+            return self._refuse(refused, environ, start_response)
+        if identity is None:
+            return self.app(environ, start_response)
+        if self.recorder is None:
+            return self.app(environ, private(start_response))
+        recording = _Recording(self, self.recorder, environ, identity)
+        return recording.run(self.app, private(start_response))
+
+    def _refuse(
+        self, refused: Refused, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        if self.recorder is None:
             return respond(refused, environ, start_response)
-        return self.app(environ, start_response if identity is None else private(start_response))
+        if refused.known is None:
+            self.recorder.refused(refused.reason, self._client(environ))
+            return respond(refused, environ, start_response)
+        recording = _Recording(self, self.recorder, environ, refused.known, refused.reason.value)
+        return recording.run(lambda environ, start: respond(refused, environ, start), start_response)
+
+
+class _Recording:
+    """One call's answer: an iterable that knows when it begins, and how it ends."""
+
+    def __init__(
+        self, guard: Guard, recorder: Recorder, environ: WSGIEnvironment, caller: Identity, reason: str = ""
+    ) -> None:
+        self._recorder, self._environ = recorder, environ
+        self._token = guard.authenticator.format.token
+        client = guard._client(environ)  # noqa: SLF001 - of this file
+        self._call = Call(caller, client, environ["REQUEST_METHOD"], reason)
+        self._ended = False
+        self._whole = False
+        self._body: Iterable[bytes] = ()
+
+    def run(self, app: WSGIApplication, start_response: StartResponse) -> Iterable[bytes]:
+        """Call the app; what it gives is passed on piece by piece."""
+
+        def started(
+            status: str, headers: list[tuple[str, str]], exc_info: _ExcInfo = None, /
+        ) -> Callable[[bytes], object]:
+            self._sent(status)
+            if exc_info is None:
+                return start_response(status, headers)
+            return start_response(status, headers, exc_info)
+
+        try:
+            self._body = app(self._environ, started)
+        except BaseException:
+            self._end(Outcome.FAILED)
+            raise
+        return self
+
+    def __iter__(self) -> Iterator[bytes]:
+        try:
+            yield from self._body
+        except GeneratorExit:
+            raise
+        except BaseException:
+            self._end(Outcome.FAILED)
+            raise
+        self._whole = True
+
+    def close(self) -> None:
+        """Close the app's own iterable, and note the end (PEP 3333: servers call it whatever happens)."""
+        try:
+            close = getattr(self._body, "close", None)
+            if close is not None:
+                close()
+        finally:
+            self._end(Outcome.COMPLETED if self._whole else Outcome.GONE)
+
+    def _sent(self, status: str) -> None:
+        self._describe()
+        self._recorder.sent(self._call, int(status[:3]) if status[:3].isdecimal() else 0)
+
+    def _end(self, outcome: Outcome) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        self._describe()
+        self._recorder.done(self._call, outcome)
+
+    def _describe(self) -> None:
+        environ = self._environ
+        rule = getattr(getattr(environ.get("werkzeug.request"), "url_rule", None), "rule", None)
+        self._call.route = route_of(rule or _path(environ), self._token)
+        self._call.request_id = route_of(environ.get("HTTP_X_REQUEST_ID", ""), self._token)
 
 
 def respond(refused: Refused, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:

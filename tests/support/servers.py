@@ -66,7 +66,7 @@ def serving(name: str, environ: Mapping[str, str], folder: Path, app: str | None
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", *COMMANDS[name](app, port)],
-            env={**os.environ, **environ, "PYTHONPATH": str(EXAMPLES)},
+            env={**os.environ, **environ, "PYTHONPATH": os.pathsep.join((str(EXAMPLES), str(folder)))},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that its workers can be stopped with it

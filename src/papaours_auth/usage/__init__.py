@@ -1,0 +1,20 @@
+"""Usage: every call recorded, delivered exactly once, and asked about later. docs/usage.md shows how."""
+
+from __future__ import annotations
+
+from .event import Call, Event, Outcome, Refusals
+from .recorder import Recorder, Stats
+from .sinks import Batch, CallableSink, Sink, open_sink
+
+__all__ = [
+    "Batch",
+    "Call",
+    "CallableSink",
+    "Event",
+    "Outcome",
+    "Recorder",
+    "Refusals",
+    "Sink",
+    "Stats",
+    "open_sink",
+]

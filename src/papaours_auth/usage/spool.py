@@ -1,0 +1,192 @@
+"""The spool: segments of events in a folder, so that a killed process loses none (docs/design/usage.md)."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import secrets
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+_HEADER: Final = b"papaours-usage-1"
+_RECORD: Final = struct.Struct("<2sBxII4x")
+_MARK: Final = b"pu"
+CELL: Final = 8
+EVENT, REFUSALS = 1, 2
+
+
+class Raw(NamedTuple):
+    """A record as it stands in a segment."""
+
+    kind: int
+    place: int
+    cell: bytes
+    body: bytes
+
+
+class Segment:
+    """A file one process appends to. Not locked: its recorder is."""
+
+    def __init__(self, path: Path, sequence: int, size: int) -> None:
+        """Make it, with its disk space. Raises `OSError`, and leaves nothing then."""
+        self.path, self.sequence = path, sequence
+        self.frozen = False
+        self.unfinished = 0
+        self.end = len(_HEADER)
+        self._size = size
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            self._map = mmap.mmap(descriptor, size)
+        except BaseException:
+            path.unlink()
+            raise
+        finally:
+            os.close(descriptor)
+        self._map[: self.end] = _HEADER
+
+    @property
+    def empty(self) -> bool:
+        """Whether it holds no record."""
+        return self.end == len(_HEADER)
+
+    @property
+    def half_full(self) -> bool:
+        """Whether a spare will soon be needed."""
+        return self.end * 2 > self._size
+
+    def append(self, kind: int, cell: bytes, body: bytes) -> int:
+        """Write a record and give its place; 0 where it does not fit."""
+        record = _RECORD.pack(_MARK, kind, len(body), zlib.crc32(body)) + cell + body
+        place, end = self.end, self.end + len(record)
+        if end > self._size:
+            return 0
+        self._map[place:end] = record
+        self.end = end + -end % 8
+        return place
+
+    def amend(self, place: int, cell: bytes) -> None:
+        """Replace the outcome of a record: 8 aligned bytes, so one store."""
+        start = place + _RECORD.size
+        self._map[start : start + CELL] = cell
+
+    def read(self) -> bytes:
+        """Give what was written."""
+        return self._map[: min(self.end, self._size)]
+
+    def close(self) -> None:
+        """Let go of the memory; the file stays."""
+        self._map.close()
+
+    def remove(self) -> None:
+        """Delete it: it is delivered."""
+        self._map.close()
+        self.path.unlink(missing_ok=True)
+
+
+def records(data: bytes) -> Iterator[Raw | None]:
+    """Read a segment; None stands for a damaged stretch. Zeros are the end, unless more follows."""
+    place, damaged = len(_HEADER), False
+    while place + _RECORD.size + CELL <= len(data):
+        raw = _record(data, place)
+        if raw is not None:
+            if damaged:
+                yield None
+            damaged = False
+            yield raw
+            place += _RECORD.size + CELL + len(raw.body)
+            place += -place % 8
+            continue
+        damaged = True
+        place = data.find(_MARK, place + 1)
+        if place < 0:
+            break
+        place += -place % 8
+
+
+def _record(data: bytes, place: int) -> Raw | None:
+    mark, kind, length, crc = _RECORD.unpack_from(data, place)
+    start = place + _RECORD.size + CELL
+    if mark != _MARK or start + length > len(data):
+        return None
+    body = data[start : start + length]
+    return Raw(kind, place, data[start - CELL : start], body) if zlib.crc32(body) == crc else None
+
+
+class Left(NamedTuple):
+    """What a dead producer left; its lock is ours until `release`."""
+
+    producer: str
+    segments: list[tuple[int, Path]]
+    lock: Path
+    descriptor: int
+
+    def release(self) -> None:
+        """Give the lock back; without segments, the producer is forgotten."""
+        if not any(path.exists() for _, path in self.segments):
+            self.lock.unlink(missing_ok=True)
+        os.close(self.descriptor)
+
+
+class Spool:
+    """A folder of segments, ours and those that dead processes left. Raises `OSError` where it cannot be."""
+
+    def __init__(self, folder: Path, *, producer: str, segment_bytes: int, max_bytes: int) -> None:
+        self.folder, self.producer = folder, producer
+        self._segment_bytes, self._max_bytes = segment_bytes, max_bytes
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Locked before it has its name, so that nobody can take it for a dead producer's.
+        self._lock = folder / f"{producer}.lock"
+        made = folder / f"{producer}.{secrets.token_hex(4)}.new"
+        self._descriptor = os.open(made, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        made.rename(self._lock)
+
+    def segment(self, sequence: int) -> Segment:
+        """Make the next segment. Raises `OSError`, also where the folder has reached its bound."""
+        if self._size() + self._segment_bytes > self._max_bytes:
+            raise OSError("the usage spool has reached its bound")
+        return Segment(self.folder / f"{self.producer}.{sequence:012d}", sequence, self._segment_bytes)
+
+    def _size(self) -> int:
+        total = 0
+        for entry in os.scandir(self.folder):
+            try:
+                total += entry.stat().st_size
+            except FileNotFoundError:  # another process has delivered it
+                continue
+        return total
+
+    def left(self) -> Iterator[Left]:
+        """Give what dead producers left, each under its lock."""
+        for lock in sorted(self.folder.glob("*.lock")):
+            if lock != self._lock and (found := _adopt(lock)) is not None:
+                yield found
+
+    def close(self, *, keep: bool) -> None:
+        """Give up our lock; ``keep`` where segments are left for who comes next."""
+        if not keep:
+            self._lock.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+    def forget(self) -> None:
+        """In a child: the lock is the parent's. Closing our copy does not release it."""
+        os.close(self._descriptor)
+
+
+def _adopt(lock: Path) -> Left | None:
+    try:
+        descriptor = os.open(lock, os.O_RDWR)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    found = sorted(path for path in lock.parent.glob(f"{lock.stem}.*") if path.suffix[1:].isdecimal())
+    return Left(lock.stem, [(int(path.suffix[1:]), path) for path in found], lock, descriptor)

@@ -1,0 +1,294 @@
+"""Both middlewares record one event per call, whatever happens, and never a key's text."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import sqlite3
+import subprocess
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from papaours_auth import Keys, PepperRing, open_store, parse_peppers
+from papaours_auth.asgi import PapaoursAuthMiddleware as ASGIMiddleware
+from papaours_auth.stores import open_async_store
+from papaours_auth.usage import Batch, CallableSink, Event, Recorder
+from papaours_auth.wsgi import PapaoursAuthMiddleware as WSGIMiddleware
+from support.servers import serving, wait_until
+
+SLOW = 3600.0
+
+
+class House(NamedTuple):
+    url: str
+    peppers: PepperRing
+    pepper_text: str
+    good: str
+    disabled: str
+    good_id: str
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    text = "p1:" + base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()
+    peppers, url = parse_peppers(text), f"sqlite:///{tmp_path / 'keys.db'}"
+    store = open_store(url, create=True)
+    with Keys(store, peppers=peppers) as keys:
+        machine = keys.create_machine("Service de facturation", organisation="cfa-lyon")
+        good = keys.create_key(machine.id, name="Production - Facturation", environment="prod")
+        cut = keys.create_key(machine.id, name="Production - Ancienne", environment="prod")
+        keys.disable_key(cut.key.id)
+    store.close()
+    return House(url, peppers, text, good.secret.reveal(), cut.secret.reveal(), good.key.id)
+
+
+class Kept:
+    """A recorder, and the events that came out of it."""
+
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+        self.recorder = Recorder(CallableSink(self.batches.append), interval=SLOW, service="contrats")
+
+    def events(self) -> list[Event]:
+        self.recorder.flush()
+        return [event for batch in self.batches for event in batch.events]
+
+
+@pytest.fixture
+def kept() -> Iterator[Kept]:
+    made = Kept()
+    yield made
+    made.recorder.close()
+
+
+async def asgi_app(scope: Any, receive: Any, send: Any) -> None:
+    path = scope["path"]
+    if path == "/fails":
+        raise LookupError
+    await send({"type": "http.response.start", "status": 404 if path == "/absent" else 200, "headers": []})
+    if path == "/breaks":
+        raise LookupError
+    if path == "/half":
+        return
+    if path == "/cancelled":
+        raise asyncio.CancelledError
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def asgi_calls(house: House, kept: Kept, calls: list[tuple[str, str]]) -> None:
+    async def run() -> None:
+        store = open_async_store(house.url)
+        app = ASGIMiddleware(
+            asgi_app, environment="prod", store=store, peppers=house.peppers, usage=kept.recorder
+        )
+
+        async def nothing(_: Any = None) -> Any:
+            return {}
+
+        for path, key in calls:
+            headers = [(b"x-api-key", key.encode()), (b"x-request-id", b"r-1")]
+            scope = {
+                "type": "http",
+                "method": "GET",
+                "path": path,
+                "headers": headers,
+                "client": ("192.0.2.7", 1),
+            }
+            with contextlib.suppress(LookupError, asyncio.CancelledError):
+                await app(scope, nothing, nothing)
+        kept.events()
+        await app.aclose()
+        await store.aclose()
+
+    asyncio.run(run())
+
+
+def wsgi_app(environ: Any, start_response: Any) -> Iterable[bytes]:
+    path = environ["PATH_INFO"]
+    if path == "/fails":
+        raise LookupError
+    start_response("404 Not Found" if path == "/absent" else "200 OK", [])
+    return wsgi_body(path)
+
+
+def wsgi_body(path: str) -> Iterator[bytes]:
+    yield b"one"
+    if path == "/breaks":
+        raise LookupError
+    yield b"two"
+
+
+def wsgi_calls(house: House, kept: Kept, calls: list[tuple[str, str]]) -> None:
+    store = open_store(house.url)
+    app = WSGIMiddleware(
+        wsgi_app, environment="prod", store=store, peppers=house.peppers, usage=kept.recorder
+    )
+    for path, key in calls:
+        environ = {
+            "REQUEST_METHOD": "GET", "PATH_INFO": path, "HTTP_X_API_KEY": key, "REMOTE_ADDR": "192.0.2.7",
+            "HTTP_X_REQUEST_ID": "r-1",
+        }  # fmt: skip
+        body: Any = None
+        try:
+            body = app(environ, lambda *_: lambda _: None)
+            for _ in body:
+                if path == "/half":
+                    break
+        except LookupError:
+            pass
+        finally:
+            close = getattr(body, "close", None)
+            if close is not None:
+                close()
+    app.authenticator.close()
+    store.close()
+
+
+DOORS = pytest.mark.parametrize("calls", [asgi_calls, wsgi_calls], ids=["asgi", "wsgi"])
+
+
+@DOORS
+def test_one_event_per_call_whatever_happens(house: House, kept: Kept, calls: Any) -> None:
+    paths = ["/contracts", "/absent", "/fails", "/breaks", "/half"]
+    calls(house, kept, [(path, house.good) for path in paths])
+    assert [(event.route, event.status, event.outcome) for event in kept.events()] == [
+        ("/contracts", 200, "completed"),
+        ("/absent", 404, "completed"),
+        ("/fails", 0, "failed"),
+        ("/breaks", 200, "failed"),
+        ("/half", 200, "gone"),
+    ]
+    event = kept.events()[0]
+    assert (event.v, event.key_id, event.address, event.method) == (1, house.good_id, "192.0.2.7", "GET")
+    assert (event.service, event.environment, event.request_id) == ("contrats", "prod", "r-1")
+
+
+def test_a_cancelled_call_is_one_whose_client_went(house: House, kept: Kept) -> None:
+    asgi_calls(house, kept, [("/cancelled", house.good)])
+    assert [(event.status, event.outcome) for event in kept.events()] == [(200, "gone")]
+
+
+@DOORS
+def test_refusals_of_a_known_key_are_events_and_others_are_counted(
+    house: House, kept: Kept, calls: Any
+) -> None:
+    calls(house, kept, [("/contracts", house.disabled)] * 2 + [("/contracts", "pk_prod_abcdefabcdef")] * 3)
+    assert [(event.status, event.reason) for event in kept.events()] == [(401, "key_inactive")] * 2
+    counted = [entry[1:] for batch in kept.batches for entry in batch.refusals]
+    assert sum(entry[2] for entry in counted) == 3
+    assert {entry[:2] for entry in counted} == {("unknown_key", "192.0.2.0/24")}
+
+
+@DOORS
+def test_pitfall_28_no_key_is_recorded(
+    house: House, tmp_path: Path, calls: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    seen = Kept()
+    sink, spool = f"sqlite:///{tmp_path / 'usage.db'}", tmp_path / "spool"
+    seen.recorder = Recorder(sink, interval=SLOW, spool=spool)
+    calls(
+        house,
+        seen,
+        [(f"/{house.good}", house.good), (f"/a?{house.good}", house.disabled), ("/x", "pk_prod_no")],
+    )
+    everything = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    seen.recorder.close()
+    everything += b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    for key in (house.good, house.disabled):
+        assert key.encode() not in everything
+        assert key not in caplog.text
+
+
+APP = """
+import os
+from papaours_auth.{door} import PapaoursAuthMiddleware
+from papaours_auth.usage import Recorder
+{app}
+recorder = Recorder(os.environ["USAGE"], spool=os.environ["SPOOL"], interval=0.1)
+app = PapaoursAuthMiddleware(plain, environment="prod", exempt=["/healthz"], usage=recorder)
+"""
+ASGI = """
+async def plain(scope, receive, send):
+    if scope["type"] == "lifespan":
+        while True:
+            message = await receive()
+            await send({"type": message["type"] + ".complete"})
+            if message["type"] == "lifespan.shutdown":
+                return
+    status = 404 if scope["path"] == "/absent" else 200
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+"""
+WSGI = """
+def plain(environ, start_response):
+    absent = environ["PATH_INFO"] == "/absent"
+    start_response("404 Not Found" if absent else "200 OK", [("Content-Length", "2")])
+    return [b"ok"]
+"""
+
+
+@pytest.mark.parametrize("name", ["uvicorn", "gunicorn", "gunicorn-preload"])
+def test_calls_answered_are_events_in_the_sink_through_killed_workers(
+    house: House, tmp_path: Path, name: str
+) -> None:
+    door, app = ("asgi", ASGI) if name == "uvicorn" else ("wsgi", WSGI)
+    (tmp_path / "counted_app.py").write_text(APP.format(door=door, app=app))
+    usage, spool = tmp_path / "usage.db", tmp_path / "spool"
+    environ = {
+        "PAPAOURS_STORE": house.url,
+        "PAPAOURS_PEPPER": house.pepper_text,
+        "USAGE": f"sqlite:///{usage}",
+        "SPOOL": str(spool),
+        "GUNICORN_CMD_ARGS": "--max-requests=300",
+    }
+    command = "counted_app:app"
+    answered: Counter[int] = Counter()
+    unanswered = 0
+    with serving(name, environ, tmp_path, command) as server:
+
+        def drive() -> None:
+            nonlocal unanswered
+            for number in range(2500):
+                try:
+                    status, _ = server.get(
+                        {"X-API-KEY": house.good if number % 5 else house.disabled},
+                        "/absent" if number % 7 == 0 else "/contracts",
+                    )
+                except (OSError, ValueError):
+                    unanswered += 1
+                else:
+                    answered[status] += 1
+
+        threads = [threading.Thread(target=drive) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        if name != "uvicorn":
+            wait_until(lambda: sum(answered.values()) > 300, 30, what="calls")
+            listed = subprocess.run(
+                ["pgrep", "-P", str(server.process.pid)], capture_output=True, text=True, check=True
+            )
+            os.kill(int(listed.stdout.split()[0]), signal.SIGKILL)
+        for thread in threads:
+            thread.join()
+    with Recorder(f"sqlite:///{usage}", spool=spool, interval=SLOW) as heir:
+        heir.start()
+        heir.flush()
+    connection = sqlite3.connect(usage)
+    stored = dict(connection.execute("select status, count(*) from usage_events group by 1").fetchall())
+    distinct = connection.execute("select count(*) - count(distinct event_id) from usage_events").fetchone()
+    connection.close()
+    assert distinct == (0,)
+    assert all(stored[status] >= count for status, count in answered.items()), (stored, answered)
+    # A worker killed after it had recorded, and before its client had the answer.
+    assert sum(stored.values()) - sum(answered.values()) <= unanswered
