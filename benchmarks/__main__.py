@@ -12,7 +12,18 @@ from typing import Final
 
 from .harness import show, write
 
-NAMES: Final = ("floor", "middleware", "peers", "cold", "flood", "timing", "threads", "server", "revocation")
+NAMES: Final = (
+    "floor",
+    "middleware",
+    "peers",
+    "cold",
+    "flood",
+    "timing",
+    "threads",
+    "server",
+    "revocation",
+    "outage",
+)
 
 
 def main() -> int:

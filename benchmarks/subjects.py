@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final, NamedTuple
@@ -12,6 +12,16 @@ from typing import Final, NamedTuple
 from papaours_auth import Keys, PepperRing, open_store, parse_peppers
 from papaours_auth.digest import new_pepper
 from papaours_auth.stores import Store
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from support.redis_servers import NEWEST, redis_server
+from support.sql_servers import (
+    mariadb,
+    mariadb_binary,
+    postgresql,
+    postgresql_binaries,
+)
 
 TRUST: Final = 3600.0
 """``max_staleness`` where freshness is not what is measured: no reading of the epoch falls into a round."""
@@ -32,18 +42,14 @@ def new_peppers() -> PepperRing:
 
 def shared_stores() -> tuple[str, ...]:
     """Give the stores that several processes can share, and this machine can start."""
-    return ("sqlite",)
+    startable = {"redis": NEWEST, "postgresql": postgresql_binaries(), "mariadb": mariadb_binary()}
+    return ("sqlite", *(name for name, binary in startable.items() if binary is not None))
 
 
 def left_out_stores() -> list[str]:
     """Say of each store that is not measured why."""
-    absent = [name for name in ("redis", "sql") if find_spec(f"papaours_auth.stores.{name}") is None]
-    return [
-        f"{name}: the store is not in this version"
-        if name in absent
-        else f"{name}: the benchmarks cannot start its server yet"
-        for name in ("redis", "sql")
-    ]
+    absent = {"redis", "postgresql", "mariadb"} - set(shared_stores())
+    return [f"{name}: this machine has no server for it" for name in sorted(absent)]
 
 
 def left_out_usage() -> str:
@@ -52,15 +58,24 @@ def left_out_usage() -> str:
 
 @contextmanager
 def place(name: str) -> Iterator[Place]:
-    """Make an empty store in a folder of its own."""
+    """Make an empty store, with a server of its own where it needs one."""
     with ExitStack() as stack:
-        if name != "sqlite":
-            raise ValueError(f"no benchmark can start a {name!r} store")
-        folder = stack.enter_context(TemporaryDirectory())
-        url = f"sqlite:///{Path(folder) / 'keys.db'}"
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        url = _serve(name, folder, stack)
         open_store(url, create=True).close()
         secret = new_pepper()
         yield Place(url, parse_peppers(secret), secret)
+
+
+def _serve(name: str, folder: Path, stack: ExitStack) -> str:
+    if name == "sqlite":
+        return f"sqlite:///{folder / 'keys.db'}"
+    if name == "redis" and NEWEST is not None:
+        return f"redis://{stack.enter_context(redis_server(NEWEST, folder)).address}"
+    if name in ("postgresql", "mariadb"):
+        server = stack.enter_context(postgresql() if name == "postgresql" else mariadb())
+        return server.url(server.database())
+    raise ValueError(f"no benchmark can start a {name!r} store")
 
 
 def one_key(store: Store | str, peppers: PepperRing) -> tuple[str, str]:

@@ -6,12 +6,9 @@ benchmarks' business; here only what must never happen is asserted.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,135 +16,22 @@ import pytest
 
 from conftest import PEPPER
 from papaours_auth import Keys, open_store, parse_peppers
-from support import load
-from support.proxy import Proxy
-from support.redis_servers import NEWEST, WHY_NOT, RedisServer, redis_server
-from support.sql_servers import postgresql
+from support.broken import (
+    Broken,
+    Kind,
+    postgresql_cut_off,
+    postgresql_killed,
+    redis_cut_off,
+    redis_frozen,
+    redis_killed,
+    sqlite_file,
+)
+from support.fleet import Fleet
 
-PROCESSES = 4
 OTHERS = 400
 MAX_STALENESS = 1.0
 SLACK = 1.5
 """Seconds that two loaded cores may add to a bound: four processes and a server share them."""
-SETTLE = 0.5
-"""Seconds a phase lasts, so that each process makes some thousands of calls in it."""
-
-
-class Broken(NamedTuple):
-    """A store, and what is done to it."""
-
-    url: str
-    verifying_url: str  # as the load sees it: perhaps through a proxy
-    take_away: Callable[[], object]
-    give_back: Callable[[], object]
-
-
-@contextmanager
-def sqlite_file(folder: Path) -> Iterator[Broken]:
-    path, away = folder / "keys.db", folder / "away.db"
-    url = f"sqlite:///{path}"
-    yield Broken(url, url, lambda: path.rename(away), lambda: away.rename(path))
-
-
-@contextmanager
-def redis_killed(folder: Path) -> Iterator[Broken]:
-    with redis(folder) as server:
-        url = f"redis://{server.address}"
-        yield Broken(url, url, server.kill, server.start)
-
-
-@contextmanager
-def redis_frozen(folder: Path) -> Iterator[Broken]:
-    with redis(folder) as server:
-        url = f"redis://{server.address}"
-        yield Broken(url, url, server.freeze, server.thaw)
-
-
-@contextmanager
-def redis_cut_off(folder: Path) -> Iterator[Broken]:
-    with redis(folder) as server, Proxy(server.port) as proxy:
-        yield cut_off(f"redis://{server.address}", f"redis://127.0.0.1:{proxy.port}", proxy)
-
-
-def redis(folder: Path) -> AbstractContextManager[RedisServer]:
-    if NEWEST is None:
-        pytest.skip(WHY_NOT["6.2"])
-    return redis_server(NEWEST, folder, "--appendonly", "yes", "--appendfsync", "always")
-
-
-@contextmanager
-def postgresql_killed(folder: Path) -> Iterator[Broken]:
-    with postgresql() as server:
-        url = server.url(server.database())
-        yield Broken(url, url, server.kill, server.start)
-
-
-@contextmanager
-def postgresql_cut_off(folder: Path) -> Iterator[Broken]:
-    with postgresql() as server, Proxy(server.port) as proxy:
-        database = server.database()
-        yield cut_off(server.url(database), server.url(database, port=proxy.port), proxy)
-
-
-def cut_off(url: str, verifying_url: str, proxy: Proxy) -> Broken:
-    """Packets are swallowed, connections stay: the worst that a network does."""
-    return Broken(url, verifying_url, lambda: proxy.turn("blackhole"), lambda: proxy.turn("pass"))
-
-
-Kind = Callable[[Path], AbstractContextManager[Broken]]
-
-
-class Load:
-    """Processes that verify as fast as they can."""
-
-    def __init__(self, stack: ExitStack, url: str, target: str, others: list[str]) -> None:
-        self._processes = []
-        for number in range(PROCESSES):
-            given = {
-                "url": url,
-                "pepper": PEPPER,
-                "kind": ("sync", "async")[number % 2],
-                "target": target,
-                "others": others[number:] + others[:number],
-                # Of the other keys only a few are remembered, so that every second call asks the store.
-                "options": {"max_staleness": MAX_STALENESS, "max_known": OTHERS // 8},
-            }
-            process = subprocess.Popen(
-                [sys.executable, load.__file__, json.dumps(given)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            stack.enter_context(process)
-            stack.callback(process.kill)
-            self._processes.append(process)
-        self._answers("ready")
-
-    def _answers(self, word: str) -> None:
-        for process in self._processes:
-            assert process.stdout is not None
-            assert process.stdout.readline().strip() == word
-
-    def begin(self, phase: str, seconds: float = SETTLE) -> None:
-        """Let a phase begin in all processes, and last a while."""
-        self._tell(phase)
-        self._answers(phase)
-        time.sleep(seconds)  # load, not synchronization: what is asserted does not hang on how long
-
-    def _tell(self, word: str) -> None:
-        for process in self._processes:
-            assert process.stdin is not None
-            process.stdin.write(word + "\n")
-            process.stdin.flush()
-
-    def stop(self) -> list[dict[str, Any]]:
-        self._tell("stop")
-        reports = []
-        for process in self._processes:
-            out, _ = process.communicate(timeout=60)
-            assert process.returncode == 0
-            reports.append(json.loads(out.splitlines()[-1]))
-        return reports
 
 
 class Estate(NamedTuple):
@@ -156,7 +40,7 @@ class Estate(NamedTuple):
     broken: Broken
     keys: Keys
     target: str  # the id of the key all processes ask about
-    load: Load
+    load: Fleet
 
 
 @pytest.fixture
@@ -170,7 +54,12 @@ def estate(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Estate]:
         names = [f"Production - {number}" for number in range(OTHERS + 1)]
         made = [keys.create_key(machine, name=name, environment="prod") for name in names]
         texts = [new.secret.reveal() for new in made]
-        yield Estate(broken, keys, made[0].key.id, Load(stack, broken.verifying_url, texts[0], texts[1:]))
+        yield Estate(
+            broken,
+            keys,
+            made[0].key.id,
+            Fleet(stack, broken.verifying_url, PEPPER, texts[0], texts[1:], max_staleness=MAX_STALENESS),
+        )
 
 
 def outcomes(reports: list[dict[str, Any]], phase: str, what: str) -> set[str]:
