@@ -175,14 +175,18 @@ def _server_user(*names: str) -> str | None:
 @cache
 def _reachable(binaries: Path, user: str | None) -> Path:
     """Give binaries that the server's user may run: a copy, where they lie in a folder of root's alone."""
-    command = ["test", "-x", binaries / "initdb"]
+    command = ["test", "-x", str(binaries / "initdb")]
     if user is None or subprocess.run(command, user=user, cwd="/", check=False).returncode == 0:
         return binaries
     folder = Path(tempfile.mkdtemp(prefix="papaours-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     folder.chmod(0o755)
-    shutil.copytree(binaries.parent, folder / "postgresql", symlinks=True)
-    return folder / "postgresql" / binaries.name
+    installed = binaries.parent
+    packages = installed.parents[1]
+    # The wheel's shared libraries are found from the binaries: the copy lies as the wheel does.
+    for part in (installed, *packages.glob(f"{installed.parent.name}.libs")):
+        shutil.copytree(part, folder / part.relative_to(packages), symlinks=True)
+    return folder / binaries.relative_to(packages)
 
 
 @contextmanager
