@@ -53,7 +53,7 @@ def left_out_stores() -> list[str]:
 
 
 def left_out_usage() -> str:
-    return "usage recording: not in this version, so what is measured records nothing"
+    return "usage recording: what is measured here records nothing (see benchmarks/usage.py)"
 
 
 @contextmanager
