@@ -1179,17 +1179,20 @@ def test_over_tls_everything_works_and_a_stranger_is_not_trusted(
     # whatever test runs then: it is collected here.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
-        for url in (
-            f"rediss://{encrypted}?timeout=5",
-            f"rediss://{encrypted}?timeout=5&ca_certs={certificates.stranger}",
-        ):
-            with contextlib.closing(open_redis(url, False)) as store:
-                unavailable(store.describe, "cannot be trusted, or does not speak TLS")
-            twin = open_async_store(url)
-            unavailable(lambda twin=twin: asyncio.run(twin.describe()), "cannot be")  # type: ignore[misc]  # bound now
-            asyncio.run(twin.aclose())
-        del twin
+        strangers_are_refused(encrypted, certificates)
         gc.collect()
+
+
+def strangers_are_refused(encrypted: str, certificates: Certificates) -> None:
+    for url in (
+        f"rediss://{encrypted}?timeout=5",
+        f"rediss://{encrypted}?timeout=5&ca_certs={certificates.stranger}",
+    ):
+        with contextlib.closing(open_redis(url, False)) as store:
+            unavailable(store.describe, "cannot be trusted, or does not speak TLS")
+        twin = open_async_store(url)
+        unavailable(lambda twin=twin: asyncio.run(twin.describe()), "cannot be")  # type: ignore[misc]  # bound now
+        asyncio.run(twin.aclose())
 
 
 # Cluster
