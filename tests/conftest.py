@@ -11,6 +11,7 @@ import pytest
 
 from papaours_auth import Keys, PepperRing, open_store, parse_peppers
 from papaours_auth.stores import Store
+from papaours_auth.stores.memory import MemoryStore
 from support.doors import Door, Spy, open_door
 from support.sql_servers import SQLServer, mariadb, postgresql
 
@@ -66,6 +67,18 @@ def keys(store: Store, ring: PepperRing) -> Keys:
 def admin(store: Store, ring: PepperRing, clock: ManualClock) -> Keys:
     """Administration that lives by the test's clock."""
     return Keys(store, peppers=ring, clock=clock)
+
+
+@pytest.fixture
+def memory(ring: PepperRing) -> MemoryStore:
+    """A store with the seed's key, whose machine may read contracts."""
+    store = MemoryStore()
+    keys = Keys(store, peppers=ring)
+    machine = keys.create_machine(
+        "Service de facturation", organisation="cfa-lyon", rights=["contrats:lecture"]
+    )
+    keys.import_key(machine.id, "pk_prod_abc123def456ghi789", name="Production - Service Facturation")
+    return store
 
 
 @pytest.fixture

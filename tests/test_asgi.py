@@ -13,7 +13,7 @@ from starlette.routing import WebSocketRoute
 from starlette.testclient import TestClient, WebSocketDenialResponse
 from starlette.websockets import WebSocket
 
-from papaours_auth import AsyncAuthenticator, ConfigurationError, Keys, PepperRing, StoreUnavailable
+from papaours_auth import AsyncAuthenticator, ConfigurationError, PepperRing, StoreUnavailable
 from papaours_auth.asgi import PapaoursAuthMiddleware, identity_of
 from papaours_auth.digest import new_pepper
 from papaours_auth.stores.memory import AsyncMemoryStore, MemoryStore
@@ -21,15 +21,6 @@ from support.calls import Recorded, http_scope, lifespan, run_asgi, websocket_sc
 
 SEED = "pk_prod_abc123def456ghi789"
 BEARER = [("Authorization", f"Bearer {SEED}")]
-
-
-@pytest.fixture
-def memory(ring: PepperRing) -> MemoryStore:
-    store = MemoryStore()
-    keys = Keys(store, peppers=ring)
-    machine = keys.create_machine("Service de facturation", organisation="cfa-lyon")
-    keys.import_key(machine.id, SEED, name="Production - Service Facturation")
-    return store
 
 
 @pytest.fixture

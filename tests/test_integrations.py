@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from papaours_auth import AsyncAuthenticator, Authenticator, Identity, InvalidInput, Keys, PepperRing
+from papaours_auth import AsyncAuthenticator, Authenticator, Identity, InvalidInput, PepperRing
 from papaours_auth.fastapi import PapaoursAuth as FastAPIAuth
 from papaours_auth.flask import PapaoursAuth as FlaskAuth
 from papaours_auth.flask import identity as flask_identity
@@ -28,17 +28,6 @@ from support.calls import http_scope
 SEED = "pk_prod_abc123def456ghi789"
 BEARER = {"Authorization": f"Bearer {SEED}"}
 LACKING = 'Bearer realm="papaours", error="insufficient_scope", scope="contrats:suppression"'
-
-
-@pytest.fixture
-def memory(ring: PepperRing) -> MemoryStore:
-    store = MemoryStore()
-    keys = Keys(store, peppers=ring)
-    machine = keys.create_machine(
-        "Service de facturation", organisation="cfa-lyon", rights=["contrats:lecture"]
-    )
-    keys.import_key(machine.id, SEED, name="Production - Service Facturation")
-    return store
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from papaours_auth import Authenticator, ConfigurationError, Keys, PepperRing, StoreUnavailable, parse_peppers
+from papaours_auth import Authenticator, ConfigurationError, PepperRing, StoreUnavailable, parse_peppers
 from papaours_auth.digest import new_pepper
 from papaours_auth.stores.memory import MemoryStore
 from papaours_auth.wsgi import PapaoursAuthMiddleware, identity_of
@@ -17,15 +17,6 @@ from support.calls import environ_of, run_wsgi
 
 SEED = "pk_prod_abc123def456ghi789"
 HEADERS = [("X-API-KEY", SEED)]
-
-
-@pytest.fixture
-def memory(ring: PepperRing) -> MemoryStore:
-    store = MemoryStore()
-    keys = Keys(store, peppers=ring)
-    machine = keys.create_machine("Service de facturation", organisation="cfa-lyon")
-    keys.import_key(machine.id, SEED, name="Production - Service Facturation")
-    return store
 
 
 @pytest.fixture
