@@ -1,8 +1,8 @@
 """An uncached verification on Redis against one bare GET round trip of redis-py's own client on the same server.
 
-Rounds are interleaved in one process, since machines are noisy; the figure is the ratio of the best rounds, with that
-of the median rounds beside it. Every call asks for another key than the one before and nothing is cached: the whole
-authenticator is measured with a cache of one entry. Goal (design 11): 1.3 at most. Needs the test dependencies.
+Rounds are interleaved in one process, since machines are noisy; the figure is the ratio of the median rounds, with
+that of the best rounds beside it. Every call asks for a key that was never asked for, so that nothing is cached.
+Goal (design 11): 1.3 at most. Needs the test dependencies.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from support.redis_servers import BINARIES, redis_server
 
-ROUNDS, CALLS, KEYS, MACHINES = 200, 100, 500, 20
+ROUNDS, CALLS, MACHINES = 100, 100, 20
+KEYS = ROUNDS * CALLS
 GOAL = 1.3
 VALUE = b"x" * 300  # as long as a packed key
 
@@ -63,9 +64,7 @@ def main() -> int:
         ]
         with (
             redis.Redis(port=server.port) as client,
-            Authenticator(
-                store, environment="prod", peppers=peppers, max_known=1, max_staleness=60
-            ) as authenticator,
+            Authenticator(store, environment="prod", peppers=peppers, max_staleness=60) as authenticator,
         ):
             client.set("bare", VALUE)
             each_claim, each_text = itertools.cycle(claims), itertools.cycle(texts)
@@ -116,7 +115,6 @@ async def measure_async(
         store,
         environment="prod",
         peppers=peppers,
-        max_known=1,
         max_staleness=60,
     )
     each_claim, each_text = itertools.cycle(claims), itertools.cycle(texts)
@@ -142,12 +140,14 @@ async def measure_async(
 def report(title: str, found: dict[str, list[float]]) -> bool:
     best = {name: min(rounds) for name, rounds in found.items()}
     middle = {name: statistics.median(rounds) for name, rounds in found.items()}
-    print(f"{title:30} {'best':>9} {'median':>9} {'ratio':>7} {'of medians':>11}")
+    print(f"{title:30} {'median':>9} {'best':>9} {'ratio':>7} {'of best':>11}")
     for name in found:
-        ratio, other = best[name] / best["bare GET"], middle[name] / middle["bare GET"]
-        print(f"{name:30} {best[name]:6.0f} µs {middle[name]:6.0f} µs {ratio:7.2f} {other:11.2f}")
+        ratio, other = middle[name] / middle["bare GET"], best[name] / best["bare GET"]
+        print(f"{name:30} {middle[name]:6.0f} µs {best[name]:6.0f} µs {ratio:7.2f} {other:11.2f}")
     missed = [
-        name for name in ("store.lookup", "Authenticator, uncached") if best[name] / best["bare GET"] > GOAL
+        name
+        for name in ("store.lookup", "Authenticator, uncached")
+        if middle[name] / middle["bare GET"] > GOAL
     ]
     print(f"goal {GOAL}: {'MISSED by ' + ', '.join(missed) if missed else 'reached'}")
     return bool(missed)
