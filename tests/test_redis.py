@@ -77,7 +77,7 @@ FOR_EVER = 600.0
 SEED = "pk_prod_abc123def456ghi789"
 SOON = 10.0
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "stores" / "redis.md"
-KEPT = ("--appendonly", "yes")
+KEPT = ("--appendonly", "yes", "--appendfsync", "always")  # everysec loses two seconds of writes to a SIGKILL
 _numbers = itertools.count(1)
 
 # A test that calls `asyncio.run` more than once leaves the connections of a loop that has ended: no other loop can
@@ -121,7 +121,7 @@ def newest() -> str:
     return NEWEST or binary_of("6.2")
 
 
-@pytest.fixture(scope="session", params=["6.2", "installed", "cluster"])
+@pytest.fixture(scope="session", params=["6.2", "installed", "valkey", "cluster"])
 def estate(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Estate]:
     """Servers that every test may use, and none may stop."""
     folder = tmp_path_factory.mktemp("redis")
@@ -1347,7 +1347,9 @@ def test_a_cluster_that_lost_a_node_verifies_the_keys_of_the_others(
         gone.start()
         wait_until(lambda: all(map(sees_all, cluster)), 60, what="the nodes to see each other")
         wait_until(
-            lambda: all(answers(claim) is True for claim in claims.values()), 30, what="the node to be back"
+            lambda: all(answers(claim) is True for claim in claims.values()),
+            30,
+            what=lambda: f"the node to be back: {set(map(answers, claims.values()))}",
         )
         wait_until(lambda: len(feed.read({}).news) == 33, 30, what="all partitions to be read")
         feed.close()
