@@ -505,6 +505,51 @@ def test_pitfall_21_a_pause_in_the_middle_of_async_lookups(victim: SQLServer, ri
     store.close()
 
 
+def test_pitfall_23_a_cancelled_lookup_leaves_nothing_half_read(
+    store: SQLStore, url: str, ring: PepperRing
+) -> None:
+    claim = seed(store, ring)
+
+    async def look() -> None:
+        twin = open_async_store(f"{url}?timeout=20")
+        await twin.lookup(claim)
+        for number in range(24):
+            task = asyncio.create_task(twin.lookup(claim))
+            for _ in range(number % 12):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            found = await twin.lookup(claim)
+            assert found.record is not None
+        await twin.aclose()
+
+    asyncio.run(look())
+
+
+def test_pitfall_23_a_cancelled_lookup_of_a_server_that_is_paused_ends_at_once(
+    victim: SQLServer, ring: PepperRing
+) -> None:
+    url = f"{victim.url(victim.database())}?timeout=20"
+    store = opened(url)
+    claim = seed(store, ring)
+
+    async def look() -> None:
+        twin = open_async_store(url)
+        await twin.lookup(claim)
+        victim.pause()
+        try:
+            with within(BOUND), pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await twin.lookup(claim)
+        finally:
+            victim.resume()
+        assert (await twin.lookup(claim)).record is not None
+        await twin.aclose()
+
+    asyncio.run(look())
+    store.close()
+
+
 def let_in(authenticator: Authenticator) -> bool:
     try:
         return authenticator.authenticate(SEED).key.name == "Production"

@@ -7,16 +7,20 @@ deadline is kept here, around each exchange with the server; a connection that m
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import psycopg
+from psycopg.waiting import wait_async
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
 
 _T = TypeVar("_T")
+LOOK_IN: Final = 0.1
+"""Seconds after which an exchange is resumed although nothing came: psycopg's own."""
 
 
 class Late(psycopg.OperationalError):
@@ -52,13 +56,19 @@ class BoundedConnection(psycopg.Connection[Any]):
 
 
 class AsyncBoundedConnection(psycopg.AsyncConnection[Any]):
-    """The same for event loops.
+    """The same for event loops. A cancelled exchange closes its connection.
 
-    A cancelled call would ask the server to cancel too, and wait 5 s for it to say so: the bound does not.
+    psycopg would ask the server to cancel too, over a connection more, and wait up to 5 s for it to say so: longer
+    than any caller may wait.
     """
 
     bound = 1.0
 
     async def wait(self, gen: PQGen[_T], *args: Any, **options: Any) -> _T:
         """See psycopg: run one exchange with the server."""
-        return await super().wait(_until(gen, self.bound, self.pgconn), *args, **options)
+        exchange = _until(gen, self.bound, self.pgconn)
+        try:
+            return await wait_async(exchange, self.pgconn.socket, *args, **{"interval": LOOK_IN, **options})
+        except asyncio.CancelledError:
+            self.pgconn.finish()  # half-way through an answer it is of no more use
+            raise
