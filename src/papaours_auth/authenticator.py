@@ -30,8 +30,8 @@ from .watcher import Watcher
 
 DEFAULT_MAX_STALENESS: Final = 2.0
 DEFAULT_FORMAT: Final = KeyFormat()
-_LOOKUPS: Final = 3
-"""Tries to get an answer that is not from before the watcher's last reading."""
+_LOOKUPS: Final = 8
+"""Tries to get an answer that no change has overtaken. While many keys are disabled one by one, three in a row may be."""
 
 _F = TypeVar("_F")
 
