@@ -251,7 +251,8 @@ def test_refusals_of_nobody_are_counted_by_reason_and_network(
 def test_absurd_events_harm_nothing(make: Callable[..., Recorder], tmp_path: Path, text: str) -> None:
     path = tmp_path / "usage.db"
     with make(SQLiteSink(path)) as recorder:
-        made = Call(CALLER, text, text, began=1e30)
+        made = Call(CALLER, text, text)
+        made.started = 1e30
         made.route = made.request_id = text
         recorder.sent(made, 10**9)
         recorder.done(made, Outcome.COMPLETED)
@@ -282,7 +283,8 @@ def test_old_events_go_and_a_batch_comes_once(tmp_path: Path) -> None:
     sink = SQLiteSink(tmp_path / "usage.db", retention=Retention(events=1, minute=1, hour=1, day=30))
     batches: list[Batch] = []
     with Recorder(CallableSink(batches.append), interval=SLOW) as recorder:
-        old = Call(CALLER, None, "GET", began=86400.0 * 365)
+        old = Call(CALLER, None, "GET")
+        old.started -= 86400.0 * 365
         recorder.done(old, Outcome.COMPLETED)
         call(recorder)
     for batch in batches * 2:
@@ -298,7 +300,9 @@ def test_more_old_events_than_go_at_once_go_with_the_next_batches(
     path = tmp_path / "usage.db"
     with Recorder(SQLiteSink(path), interval=SLOW) as recorder:
         for _ in range(25):
-            recorder.done(Call(CALLER, None, "GET", began=0.0), Outcome.COMPLETED)
+            old = Call(CALLER, None, "GET")
+            old.started -= 1e12
+            recorder.done(old, Outcome.COMPLETED)
         for _ in range(4):
             call(recorder)
             recorder.flush()

@@ -16,8 +16,8 @@ from ._middleware import (
     ANONYMOUS,
     MiddlewareOptions,
     needed,
+    recordable,
     recorder_for,
-    route_of,
     split_options,
     store_url,
 )
@@ -38,6 +38,11 @@ App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 logger = logging.getLogger("papaours_auth")
 POLICY_VIOLATION: Final = 1008  # RFC 6455 section 7.4.1
 _SWITCHING: Final = 101
+# Bound once: to name a member of an enum costs 100 ns.
+_COMPLETED, _FAILED, _GONE = Outcome.COMPLETED, Outcome.FAILED, Outcome.GONE
+_LAST: Final = ("http.response.pathsend", "http.response.zerocopysend", "websocket.http.response.body")
+REFUSAL: Final = "papaours.refusal"
+"""Where in a scope an integration says why it refused a call that the middleware had let in."""
 
 
 class Guard:
@@ -135,6 +140,7 @@ class PapaoursAuthMiddleware(Guard):
         self.app = app
         super().__init__(environment=environment, store=store, authenticator=authenticator, **options)
         self.recorder = recorder_for(usage)
+        self._mark = self._token.decode("ascii")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Guard one connection (ASGI 3)."""
@@ -162,12 +168,12 @@ class PapaoursAuthMiddleware(Guard):
         call = Call(identity, client, scope.get("method", "WEBSOCKET"))
         # Not a coroutine of ours: only the frame that is here anyway sees how the app ended.
         try:
-            await self.app(scope, receive, self._recorded(send, call, scope))
+            await self.app(scope, receive, self._recorded(send, call, scope, self.recorder))
         except BaseException as error:
             gone = isinstance(error, asyncio.CancelledError | OSError) and call.status != 0
-            self._done(call, scope, Outcome.GONE if gone else Outcome.FAILED)
+            self._done(self.recorder, call, scope, _GONE if gone else _FAILED)
             raise
-        self._done(call, scope, call.outcome or Outcome.GONE)
+        self._done(self.recorder, call, scope, call.outcome or _GONE)
 
     async def _refuse(self, refused: Refused, scope: Scope, send: Send) -> None:
         recorder = self.recorder
@@ -181,45 +187,54 @@ class PapaoursAuthMiddleware(Guard):
             return
         call = Call(refused.known, client, scope.get("method", "WEBSOCKET"), refused.reason.value)
         try:
-            await respond(refused, scope, self._recorded(send, call, scope))
+            await respond(refused, scope, self._recorded(send, call, scope, recorder))
         finally:
-            self._done(call, scope, call.outcome or Outcome.GONE)
+            self._done(recorder, call, scope, call.outcome or _GONE)
 
-    def _recorded(self, send: Send, call: Call, scope: Scope) -> Send:
-        inner = private(send)
+    def _recorded(self, send: Send, call: Call, scope: Scope, recorder: Recorder) -> Send:
+        """Give a `send` that notes how the answer goes, and does what `private` does: one wrapper, not two."""
 
         def wrapped(message: Message) -> Awaitable[None]:
             kind = message["type"]
-            if kind.endswith("response.start"):
-                self._sent(call, scope, message["status"])
-            elif kind == "websocket.accept":
-                self._sent(call, scope, _SWITCHING)
-            elif kind == "websocket.close" and not call.status:
-                self._sent(call, scope, HTTPStatus.FORBIDDEN.value)  # what servers answer to it
-            if kind == "websocket.close" or (kind.endswith("response.body") and not message.get("more_body")):
-                call.outcome = Outcome.COMPLETED
-            return inner(message)
+            if kind == "http.response.start":
+                self._describe(call, scope)
+                recorder.sent(call, message["status"])
+                return send(_marked(message))
+            if kind == "http.response.body":
+                if not message.get("more_body"):
+                    call.outcome = _COMPLETED
+            else:
+                self._note(recorder, call, scope, message)
+            return send(message)
 
         return wrapped
 
-    def _sent(self, call: Call, scope: Scope, status: int) -> None:
-        self._describe(call, scope)
-        if self.recorder is not None:
-            self.recorder.sent(call, status)
+    def _note(self, recorder: Recorder, call: Call, scope: Scope, message: Message) -> None:
+        """Note what is sent more rarely."""
+        kind = message["type"]
+        status = message.get("status", 0) if kind == "websocket.http.response.start" else 0
+        if kind == "websocket.accept":
+            status = _SWITCHING
+        elif kind == "websocket.close" and not call.status:
+            status = HTTPStatus.FORBIDDEN.value  # what servers answer to it
+        if status:
+            self._describe(call, scope)
+            recorder.sent(call, status)
+        if kind == "websocket.close" or (kind in _LAST and not message.get("more_body")):
+            call.outcome = _COMPLETED
 
-    def _done(self, call: Call, scope: Scope, outcome: Outcome) -> None:
+    def _done(self, recorder: Recorder, call: Call, scope: Scope, outcome: Outcome) -> None:
         if not call.status:
             self._describe(call, scope)
-        if self.recorder is not None:
-            self.recorder.done(call, outcome)
+        recorder.done(call, outcome)
 
     def _describe(self, call: Call, scope: Scope) -> None:
-        token = self.authenticator.format.token
-        template = getattr(scope.get("route"), "path", None)
-        call.route = route_of(template or scope["path"], token)
-        request_id = _header(scope, b"x-request-id")
-        if request_id is not None:
-            call.request_id = route_of(request_id.decode("latin-1"), token)
+        call.route = recordable(route_of(scope), self._mark)
+        call.reason = call.reason or scope.get(REFUSAL, "")
+        for name, value in scope["headers"]:
+            if name == b"x-request-id":
+                call.request_id = recordable(value.decode("latin-1"), self._mark)
+                return
 
     async def aclose(self) -> None:
         """Close the authenticator, unless it was given ready, and deliver what was recorded."""
@@ -279,6 +294,20 @@ def identity_of(scope: Scope) -> Identity | None:
     return identity if isinstance(identity, Identity) else None
 
 
+def route_of(scope: Scope) -> str:
+    """Give the route's template where the framework tells it (FastAPI, Starlette from 1.0 on), else the path."""
+    route = scope.get("route")
+    template = getattr(route, "path", None)
+    if not isinstance(template, str):
+        path: str = scope["path"]
+        return path
+    if "app_root_path" not in scope:
+        return template
+    # In a mounted app: routes know their path below the mount, and a mount's own files have no template.
+    mount: str = scope.get("root_path", "")[len(scope["app_root_path"]) :]
+    return mount + template if hasattr(route, "endpoint") else mount
+
+
 def _path(scope: Scope) -> str:
     """Give the application's own path: ``root_path`` is part of ``path`` (ASGI 2.4) and is taken off."""
     path: str = scope["path"]
@@ -297,14 +326,15 @@ def private(send: Send) -> Send:
 
     # No coroutine of ours: what `send` gives is what the app awaits.
     def wrapped(message: Message) -> Awaitable[None]:
-        if message["type"] == "http.response.start":
-            headers = list(message.get("headers", ()))
-            for name, _ in headers:  # no all(): its generator costs 250 ns an answer
-                if name.lower() == b"cache-control":
-                    break
-            else:
-                headers.append((b"cache-control", b"private"))
-                message = {**message, "headers": headers}
-        return send(message)
+        return send(_marked(message) if message["type"] == "http.response.start" else message)
 
     return wrapped
+
+
+def _marked(message: Message) -> Message:
+    headers = list(message.get("headers", ()))
+    for name, _ in headers:  # no all(): its generator costs 250 ns an answer
+        if name.lower() == b"cache-control":
+            return message
+    headers.append((b"cache-control", b"private"))
+    return {**message, "headers": headers}
