@@ -20,6 +20,7 @@ from papaours_auth import Identity, Reason
 from papaours_auth.exceptions import ConfigurationError
 from papaours_auth.model import KeyInfo, MachineInfo
 from papaours_auth.usage import Batch, Call, CallableSink, Outcome, Recorder, open_sink
+from papaours_auth.usage.event import event_from
 from papaours_auth.usage.spool import EVENT, Segment, records
 from papaours_auth.usage.sqlite import Retention, SQLiteSink
 from support.servers import wait_until
@@ -297,16 +298,13 @@ def test_more_old_events_than_go_at_once_go_with_the_next_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("papaours_auth.usage.sqlite._PRUNE_ROWS", 10)
-    path = tmp_path / "usage.db"
-    with Recorder(SQLiteSink(path), interval=SLOW) as recorder:
-        for _ in range(25):
-            old = Call(CALLER, None, "GET")
-            old.started -= 1e12
-            recorder.done(old, Outcome.COMPLETED)
-        for _ in range(4):
-            call(recorder)
-            recorder.flush()
-    assert rows(path, "select time = 0, count(*) from usage_events group by 1").get(1) is None
+    sink, made = SQLiteSink(tmp_path / "usage.db"), Call(CALLER, None, "GET")
+    made.ended = made.started
+    old = event_from(made, "e", -1e12, "")
+    sink.write(Batch("p", 1, [old] * 25))
+    for sequence in range(2, 6):
+        sink.write(Batch("p", sequence, [event_from(made, "e", 1e9, "")]))
+    assert rows(sink.path, "select time = 0, count(*) from usage_events group by 1").get(1) is None
 
 
 @pytest.mark.parametrize("url", ["redis://x", "sqlite:///", "sqlite:///:memory:", "usage.db"])

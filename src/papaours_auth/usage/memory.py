@@ -66,7 +66,7 @@ class Memory:
         """See `Keeper`."""
         return True
 
-    def batches(self, *, last: bool) -> Generator[Delivery]:  # noqa: ARG002 - all of it, each time
+    def batches(self, *, last: bool) -> Generator[Delivery]:
         """See `Keeper`."""
         self._freeze()
         while self._batches:
@@ -107,6 +107,6 @@ class Memory:
         """See `Keeper`."""
         self._lock.acquire()
 
-    def after_fork(self, *, child: bool) -> None:  # noqa: ARG002 - nothing here is the parent's
+    def after_fork(self, *, child: bool) -> None:
         """See `Keeper`."""
         self._lock.release()

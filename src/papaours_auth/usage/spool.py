@@ -228,11 +228,10 @@ class Spool:
 
     def left(self) -> Iterator[Left]:
         """Give what dead producers left, each under its lock."""
-        for name in sorted(os.listdir(self.folder)):
-            path = self.folder / name
-            if _LOCK.fullmatch(name) and path != self._lock and (found := _adopt(path)) is not None:
+        for path in sorted(self.folder.iterdir()):
+            if _LOCK.fullmatch(path.name) and path != self._lock and (found := _adopt(path)) is not None:
                 yield found
-            if _NEW.fullmatch(name):
+            if _NEW.fullmatch(path.name):
                 _forget_new(path)
 
     def close(self, *, keep: bool) -> None:
