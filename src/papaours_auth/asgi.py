@@ -173,7 +173,10 @@ class PapaoursAuthMiddleware(Guard):
             gone = isinstance(error, asyncio.CancelledError | OSError) and call.status != 0
             self._done(self.recorder, call, scope, _GONE if gone else _FAILED)
             raise
-        self._done(self.recorder, call, scope, call.outcome or _GONE)
+        if call.status:  # `_done` here: 50 ns less
+            self.recorder.done(call, call.outcome or _GONE)
+        else:
+            self._done(self.recorder, call, scope, call.outcome or _GONE)
 
     async def _refuse(self, refused: Refused, scope: Scope, send: Send) -> None:
         recorder = self.recorder

@@ -125,7 +125,7 @@ def event_from(call: Call, event_id: str, shift: float, service: str) -> Event:
     """Make the event of an ended call. ``shift``: seconds from the monotonic clock to the wall's."""
     key, machine, address, method, route, reason, service, environment, request = texts_of(call, service)
     return Event(
-        VERSION, event_id, _time(call.started + shift), key, machine, address, method, route,
+        VERSION, event_id, _time(int((call.started + shift) * 1e6)), key, machine, address, method, route,
         _status(call.status), reason, _NAMES[call.outcome], service, environment,
         _duration(call.ended - call.started), request,
     )  # fmt: skip
@@ -133,16 +133,19 @@ def event_from(call: Call, event_id: str, shift: float, service: str) -> Event:
 
 def body_of(call: Call, shift: float, service: str) -> bytes:
     """Write what is fixed when an answer begins."""
-    texts = (str(_time(call.started + shift)), *texts_of(call, service))
-    return _SEPARATOR.join(texts).encode("utf-8")
+    when = str(int((call.started + shift) * 1e6))  # bounded when it is read
+    return _SEPARATOR.join((when, *texts_of(call, service))).encode("utf-8")
 
 
-def _time(seconds: float) -> int:
-    return min(max(int(seconds * 1e6), 0), _LATEST)
+def _time(microseconds: int) -> int:
+    return min(max(microseconds, 0), _LATEST)
 
 
 def _duration(seconds: float) -> int:
-    return min(max(int(seconds * 1e6), 0), _MOST)
+    microseconds = int(seconds * 1e6)
+    if 0 <= microseconds <= _MOST:  # not min and max: 100 ns less
+        return microseconds
+    return 0 if microseconds < 0 else _MOST
 
 
 def _status(status: object) -> int:
@@ -171,10 +174,8 @@ def event_of(event_id: str, cell: bytes, body: bytes) -> Event | None:
         when, key, machine, address, method, route, reason, service, environment, request = body.decode(
             "utf-8"
         ).split(_SEPARATOR)
-        at = int(when)
+        at = _time(int(when))
     except ValueError:  # what has a good checksum may still be another's
-        return None
-    if not 0 <= at <= _LATEST:
         return None
     status, outcome, check, duration = _CELL.unpack(cell)
     if check != _check(status, outcome, duration) or outcome not in _NAMES:
