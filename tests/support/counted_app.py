@@ -73,7 +73,10 @@ def wsgi(environ: Any, start_response: Any) -> Iterable[bytes]:
 os.posix_fallocate = allocate_if_there_is_room
 atexit.register(report)  # before the recorder's own, so that it runs after it
 recorder = Recorder(
-    Sink(), spool=os.environ.get("SPOOL") or None, interval=0.1, segment_bytes=int(os.environ["SEGMENT"])
+    Sink(),
+    spool=os.environ["SPOOL"] or None,
+    interval=float(os.environ.get("INTERVAL", "0.1")),
+    segment_bytes=int(os.environ["SEGMENT"]),
 )
 app: Any = (ASGIMiddleware if os.environ["DOOR"] == "asgi" else WSGIMiddleware)(
     asgi if os.environ["DOOR"] == "asgi" else wsgi,  # type: ignore[arg-type]  # each with its own

@@ -108,6 +108,7 @@ class Courier:
         self._held = False
         self.closing = False
         self.trouble = Trouble("the usage sink")
+        self.reading = Trouble("the reading of usage")  # of what is kept, and of what dead processes left
         self.caught_up = time.monotonic()  # when all was delivered, or we began
         self._said_lost, self._said_at = 0, float("-inf")
 
@@ -132,8 +133,9 @@ class Courier:
             begun = time.monotonic()
             try:
                 fine = self._deliver(last=last)
+                self.reading.over()
             except Exception as error:  # noqa: BLE001 - the thread must live, whatever a file holds
-                self._keeper.trouble.note(error)
+                self.reading.note(error)
                 fine = False
             if not last:
                 self._keeper.tend()  # what is delivered leaves room

@@ -108,7 +108,7 @@ def texts_of(call: Call, service: str) -> Texts:
     try:
         texts = (
             key.id, machine.id, (call.address or "")[:_ADDRESS], call.method[:_METHOD], call.route[:_ROUTE],
-            call.reason, service, key.environment, call.request_id[:_REQUEST],
+            call.reason[:_ID], service, key.environment, call.request_id[:_REQUEST],
         )  # fmt: skip
         if "".join(texts).isprintable():  # one look at all: 1 µs less than nine
             return texts
@@ -126,7 +126,7 @@ def event_from(call: Call, event_id: str, shift: float, service: str) -> Event:
     key, machine, address, method, route, reason, service, environment, request = texts_of(call, service)
     return Event(
         VERSION, event_id, _time(int((call.started + shift) * 1e6)), key, machine, address, method, route,
-        _status(call.status), reason, _NAMES[call.outcome], service, environment,
+        status_of(call.status), reason, _NAMES[call.outcome], service, environment,
         _duration(call.ended - call.started), request,
     )  # fmt: skip
 
@@ -148,19 +148,20 @@ def _duration(seconds: float) -> int:
     return 0 if microseconds < 0 else _MOST
 
 
-def _status(status: object) -> int:
-    return int(status) if isinstance(status, int) and 0 <= status <= 0xFFFF else 0  # an app may send anything
+def status_of(status: object) -> int:
+    """Give a status as it is kept, 0 for what is none: an app may send anything."""
+    return int(status) if isinstance(status, int) and 0 <= status <= 0xFFFF else 0
 
 
 @lru_cache(maxsize=1024)
-def started_cell(status: object) -> bytes:
+def started_cell(status: int) -> bytes:
     """Write the cell of an answer that begins: it hangs on the status alone."""
     return cell_of(status, _STARTED, 0.0)
 
 
 def cell_of(status: object, outcome: Outcome, duration: float) -> bytes:
     """Write the 8 bytes that may be amended: they carry a check of their own."""
-    number, microseconds = _status(status), _duration(duration)
+    number, microseconds = status_of(status), _duration(duration)
     return _CELL.pack(number, outcome, _check(number, outcome, microseconds), microseconds)
 
 

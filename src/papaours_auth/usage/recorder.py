@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import secrets
+import sys
 import threading
 import time
 import weakref
@@ -100,7 +101,6 @@ class Recorder:
             check_folder(self._spool.folder)
         self._begin()
         hold_across_fork(self)
-        atexit.register(_close, weakref.ref(self))
 
     def _begin(self) -> None:
         """Begin as a producer of our own: when made, in a child, and after `close`."""
@@ -136,6 +136,7 @@ class Recorder:
         with self._starting:
             if not self._keeper.idle or self._courier.closing:
                 return
+            _close_at_exit(weakref.ref(self))
             self._keeper.tend()
             self._keeper.idle = False
             self._courier.start()
@@ -163,9 +164,10 @@ class Recorder:
 
     def stats(self) -> Stats:
         """Tell what became of this process's calls."""
-        counts, sink, keeper = self._keeper.counts(), self._courier.trouble, self._keeper.trouble
+        counts, sink = self._keeper.counts(), self._courier.trouble
         recorded = counts.delivered + counts.pending + counts.lost
-        return Stats(recorded, *counts, sink.failures + keeper.failures, sink.text or keeper.text)
+        error = sink.text or self._keeper.trouble.text or self._courier.reading.text
+        return Stats(recorded, *counts, sink.failures, error)
 
     def health(self) -> Health:
         """Tell how it is. Asks nobody: cheap enough for any health check."""
@@ -201,6 +203,14 @@ def _starter(reference: weakref.ref[Recorder]) -> Callable[[], None]:
             recorder._start()  # noqa: SLF001 - of this file
 
     return start
+
+
+def _close_at_exit(reference: weakref.ref[Recorder]) -> None:
+    atexit.register(_close, reference)
+    # Processes of multiprocessing (granian's workers) end without atexit, and with finalizers of their own.
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None:
+        util.Finalize(None, _close, (reference,), exitpriority=0)
 
 
 def _close(reference: weakref.ref[Recorder]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from .courier import Counts, Delivery, Trouble
-from .event import Call, Event, Outcome, Refusals, body_of, cell_of, event_of, started_cell
+from .event import Call, Event, Outcome, Refusals, body_of, cell_of, event_of, started_cell, status_of
 from .sinks import Batch
 from .spool import EVENT, REFUSALS, Raw, Segment, Spool, Unreadable, read_segment, records, set_aside
 from .tally import Tally
@@ -69,7 +69,7 @@ class Spooled:
         """See `Keeper`."""
         call.status = status
         if not call.place:
-            self._keep(call, started_cell(status))
+            self._keep(call, started_cell(status_of(status)))
 
     def done(self, call: Call, outcome: Outcome) -> None:
         """See `Keeper`."""
@@ -83,9 +83,9 @@ class Spooled:
     def _keep(self, call: Call, cell: bytes) -> None:
         if self.idle:
             self._on_first()
-        body = body_of(call, self._shift, self._service)
+        body = self._body(call)
         with self._lock:
-            place = self._place(EVENT, cell, body)
+            place = self._place(EVENT, cell, body) if body else 0
             if place and self._active is not None:
                 call.segment, call.place = self._active, place
                 self._active.unfinished += not call.outcome
@@ -96,6 +96,12 @@ class Spooled:
                 self._lost += 1
         if self._spare is None and not self._short.is_set():
             self._short.set()
+
+    def _body(self, call: Call) -> bytes:
+        try:
+            return body_of(call, self._shift, self._service)
+        except Exception:  # noqa: BLE001 - an absurd call is one event lost, and no request harmed
+            return b""
 
     def _place(self, kind: int, cell: bytes, body: bytes) -> int:
         if self._active is not None and (place := self._active.append(kind, cell, body)):
