@@ -6,15 +6,8 @@ import asyncio
 import base64
 import contextlib
 import logging
-import os
 import secrets
-import signal
-import sqlite3
-import subprocess
-import threading
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +18,6 @@ from papaours_auth.asgi import PapaoursAuthMiddleware as ASGIMiddleware
 from papaours_auth.stores import open_async_store
 from papaours_auth.usage import Batch, CallableSink, Event, Recorder
 from papaours_auth.wsgi import PapaoursAuthMiddleware as WSGIMiddleware
-from support.servers import serving, wait_until
 
 SLOW = 3600.0
 
@@ -209,87 +201,3 @@ def test_pitfall_28_no_key_is_recorded(
     for key in (house.good, house.disabled):
         assert key.encode() not in everything
         assert key not in caplog.text
-
-
-APP = """
-import os
-from papaours_auth.{door} import PapaoursAuthMiddleware
-from papaours_auth.usage import Recorder
-{app}
-recorder = Recorder(os.environ["USAGE"], spool=os.environ["SPOOL"], interval=0.1)
-app = PapaoursAuthMiddleware(plain, environment="prod", exempt=["/healthz"], usage=recorder)
-"""
-ASGI = """
-async def plain(scope, receive, send):
-    if scope["type"] == "lifespan":
-        while True:
-            message = await receive()
-            await send({"type": message["type"] + ".complete"})
-            if message["type"] == "lifespan.shutdown":
-                return
-    status = 404 if scope["path"] == "/absent" else 200
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"2")]})
-    await send({"type": "http.response.body", "body": b"ok"})
-"""
-WSGI = """
-def plain(environ, start_response):
-    absent = environ["PATH_INFO"] == "/absent"
-    start_response("404 Not Found" if absent else "200 OK", [("Content-Length", "2")])
-    return [b"ok"]
-"""
-
-
-@pytest.mark.parametrize("name", ["uvicorn", "gunicorn", "gunicorn-preload"])
-def test_calls_answered_are_events_in_the_sink_through_killed_workers(
-    house: House, tmp_path: Path, name: str
-) -> None:
-    door, app = ("asgi", ASGI) if name == "uvicorn" else ("wsgi", WSGI)
-    (tmp_path / "counted_app.py").write_text(APP.format(door=door, app=app))
-    usage, spool = tmp_path / "usage.db", tmp_path / "spool"
-    environ = {
-        "PAPAOURS_STORE": house.url,
-        "PAPAOURS_PEPPER": house.pepper_text,
-        "USAGE": f"sqlite:///{usage}",
-        "SPOOL": str(spool),
-        "GUNICORN_CMD_ARGS": "--max-requests=300",
-    }
-    command = "counted_app:app"
-    answered: Counter[int] = Counter()
-    unanswered = 0
-    with serving(name, environ, tmp_path, command) as server:
-
-        def drive() -> None:
-            nonlocal unanswered
-            for number in range(2500):
-                try:
-                    status, _ = server.get(
-                        {"X-API-KEY": house.good if number % 5 else house.disabled},
-                        "/absent" if number % 7 == 0 else "/contracts",
-                    )
-                except (OSError, ValueError, HTTPException):  # killed in the middle of an answer too
-                    unanswered += 1
-                else:
-                    answered[status] += 1
-
-        threads = [threading.Thread(target=drive) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        if name != "uvicorn":
-            wait_until(lambda: sum(answered.values()) > 300, 30, what="calls")
-            listed = subprocess.run(
-                ["pgrep", "-P", str(server.process.pid)], capture_output=True, text=True, check=True
-            )
-            os.kill(int(listed.stdout.split()[0]), signal.SIGKILL)
-        for thread in threads:
-            thread.join()
-    with Recorder(f"sqlite:///{usage}", spool=spool, interval=SLOW) as heir:
-        heir.start()
-        heir.flush()
-    connection = sqlite3.connect(usage)
-    stored = dict(connection.execute("select status, count(*) from usage_events group by 1").fetchall())
-    distinct = connection.execute("select count(*) - count(distinct event_id) from usage_events").fetchone()
-    connection.close()
-    assert distinct == (0,)
-    assert all(stored[status] >= count for status, count in answered.items()), (stored, answered)
-    # A worker killed after it had recorded, and before its client had the answer.
-    assert sum(stored.values()) - sum(answered.values()) <= unanswered

@@ -41,8 +41,8 @@ _SWITCHING: Final = 101
 # Bound once: to name a member of an enum costs 100 ns.
 _COMPLETED, _FAILED, _GONE = Outcome.COMPLETED, Outcome.FAILED, Outcome.GONE
 _LAST: Final = ("http.response.pathsend", "http.response.zerocopysend", "websocket.http.response.body")
-REFUSAL: Final = "papaours.refusal"
-"""Where in a scope an integration says why it refused a call that the middleware had let in."""
+REFUSED: Final = "papaours.refused"
+"""Where in a scope an integration puts the `Refused` that an endpoint raised, for what is recorded."""
 
 
 class Guard:
@@ -50,6 +50,7 @@ class Guard:
 
     Give ``environment`` (and ``store``, else PAPAOURS_STORE names it) with any option of `Gate` and
     `Authenticator`, or a ready ``authenticator`` with options of `Gate` alone. Raises `ConfigurationError` at once.
+    ``usage``: where calls are recorded, a `Recorder` or a URL such as ``sqlite:///usage.db``; nowhere by default.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Guard:
         environment: str | None = None,
         store: str | AsyncStore | None = None,
         authenticator: AsyncAuthenticator | None = None,
+        usage: Recorder | str | None = None,
         **options: Unpack[MiddlewareOptions],
     ) -> None:
         gate, rest = split_options(options)
@@ -70,19 +72,28 @@ class Guard:
             store if store is not None else store_url(), environment=needed(environment), **rest
         )
         self._owned = authenticator is None
-        self._token = f"{self.authenticator.format.token}_".encode("ascii")
+        self._mark = f"{self.authenticator.format.token}_"
+        self._token = self._mark.encode("ascii")
+        self.recorder = recorder_for(usage)
 
     async def start(self) -> None:
-        """Check peppers and store before the first call. Raises `ConfigurationError`; an outage is logged."""
+        """Check peppers and store before the first call, and start the recorder.
+
+        Raises `ConfigurationError`; an outage is logged.
+        """
         try:
             await self.authenticator.start()
         except StoreUnavailable as error:
             logger.warning("starting although the key store cannot answer, so calls meet 503: %s", error)
+        if self.recorder is not None:
+            await asyncio.to_thread(self.recorder.start)
 
     async def aclose(self) -> None:
-        """Close the authenticator, unless it was given ready."""
+        """Close the authenticator, unless it was given ready, and deliver what was recorded."""
         if self._owned:
             await self.authenticator.aclose()
+        if self.recorder is not None:
+            await asyncio.to_thread(self.recorder.close)
 
     async def identify(self, scope: Scope) -> Identity | None:
         """Give who calls; None where a request may pass without a key. Raises `Refused`."""
@@ -120,81 +131,21 @@ class Guard:
             and _header(scope, b"access-control-request-method") is not None
         )
 
+    # what is recorded
 
-class PapaoursAuthMiddleware(Guard):
-    """Lets requests with a valid key through to ``app`` and answers the others itself. Options: see `Guard`.
-
-    ``usage``: where calls are recorded, a `Recorder` or a URL such as ``sqlite:///usage.db``; nowhere by default.
-    """
-
-    def __init__(
-        self,
-        app: App,
-        *,
-        environment: str | None = None,
-        store: str | AsyncStore | None = None,
-        authenticator: AsyncAuthenticator | None = None,
-        usage: Recorder | str | None = None,
-        **options: Unpack[MiddlewareOptions],
-    ) -> None:
-        self.app = app
-        super().__init__(environment=environment, store=store, authenticator=authenticator, **options)
-        self.recorder = recorder_for(usage)
-        self._mark = self._token.decode("ascii")
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Guard one connection (ASGI 3)."""
-        if scope["type"] not in ("http", "websocket"):
-            await (self._lifespan if scope["type"] == "lifespan" else self.app)(scope, receive, send)
-            return
-        if not self._everything and not self.gate.guards(_path(scope)):
-            await self._pass_anonymous(scope, receive, send)
-            return
-        try:
-            key, client = self._presented(scope)
-            identity = self.authenticator.cached(key, client)
-            if identity is None:
-                identity = await self.authenticator.authenticate(key, client=client)
-        except Refused as refused:
-            if self._passes(refused, scope):
-                await self._pass_anonymous(scope, receive, send)
-            else:
-                await self._refuse(refused, scope, send)
-            return
-        scope["papaours"] = scope["user"] = scope["auth"] = identity
-        if self.recorder is None:
-            await self.app(scope, receive, private(send))
-            return
-        call = Call(identity, client, scope.get("method", "WEBSOCKET"))
-        # Not a coroutine of ours: only the frame that is here anyway sees how the app ended.
-        try:
-            await self.app(scope, receive, self._recorded(send, call, scope, self.recorder))
-        except BaseException as error:
-            gone = isinstance(error, asyncio.CancelledError | OSError) and call.status != 0
-            self._done(self.recorder, call, scope, _GONE if gone else _FAILED)
-            raise
-        if call.status:  # `_done` here: 50 ns less
-            self.recorder.done(call, call.outcome or _GONE)
-        else:
-            self._done(self.recorder, call, scope, call.outcome or _GONE)
-
-    async def _refuse(self, refused: Refused, scope: Scope, send: Send) -> None:
-        recorder = self.recorder
-        if recorder is None:
-            await respond(refused, scope, send)
-            return
+    def refused(self, recorder: Recorder, refused: Refused, scope: Scope) -> Call | None:
+        """Give the call of a known key that is refused; count what nobody we know has sent."""
         client = self._client(scope)
         if refused.known is None:
             recorder.refused(refused.reason, client)
-            await respond(refused, scope, send)
-            return
-        call = Call(refused.known, client, scope.get("method", "WEBSOCKET"), refused.reason.value)
-        try:
-            await respond(refused, scope, self._recorded(send, call, scope, recorder))
-        finally:
-            self._done(recorder, call, scope, call.outcome or _GONE)
+            return None
+        return Call(refused.known, client, scope.get("method", "WEBSOCKET"), refused.reason.value)
 
-    def _recorded(self, send: Send, call: Call, scope: Scope, recorder: Recorder) -> Send:
+    def accepted(self, identity: Identity, scope: Scope) -> Call:
+        """Give the call of whom an integration let in."""
+        return Call(identity, self._client(scope), scope.get("method", "WEBSOCKET"))
+
+    def recorded(self, send: Send, call: Call, scope: Scope, recorder: Recorder) -> Send:
         """Give a `send` that notes how the answer goes, and does what `private` does: one wrapper, not two."""
 
         def wrapped(message: Message) -> Awaitable[None]:
@@ -226,30 +177,85 @@ class PapaoursAuthMiddleware(Guard):
         if kind == "websocket.close" or (kind in _LAST and not message.get("more_body")):
             call.outcome = _COMPLETED
 
-    def _done(self, recorder: Recorder, call: Call, scope: Scope, outcome: Outcome) -> None:
+    def ended(self, recorder: Recorder, call: Call, scope: Scope, outcome: Outcome) -> None:
+        """Note how a call ended."""
         if not call.status:
             self._describe(call, scope)
         recorder.done(call, outcome)
 
     def _describe(self, call: Call, scope: Scope) -> None:
         call.route = recordable(route_of(scope), self._mark)
-        call.reason = call.reason or scope.get(REFUSAL, "")
+        if not call.reason and REFUSED in scope:
+            call.reason = scope[REFUSED].reason.value
         for name, value in scope["headers"]:
             if name == b"x-request-id":
                 call.request_id = recordable(value.decode("latin-1"), self._mark)
                 return
 
-    async def aclose(self) -> None:
-        """Close the authenticator, unless it was given ready, and deliver what was recorded."""
-        await super().aclose()
-        if self.recorder is not None:
-            await asyncio.to_thread(self.recorder.close)
 
-    async def start(self) -> None:
-        """Check peppers and store, and start the recorder. Raises as `Guard.start` does."""
-        await super().start()
-        if self.recorder is not None:
-            self.recorder.start()
+class PapaoursAuthMiddleware(Guard):
+    """Lets requests with a valid key through to ``app`` and answers the others itself. Options: see `Guard`."""
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        environment: str | None = None,
+        store: str | AsyncStore | None = None,
+        authenticator: AsyncAuthenticator | None = None,
+        usage: Recorder | str | None = None,
+        **options: Unpack[MiddlewareOptions],
+    ) -> None:
+        self.app = app
+        super().__init__(
+            environment=environment, store=store, authenticator=authenticator, usage=usage, **options
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Guard one connection (ASGI 3)."""
+        if scope["type"] not in ("http", "websocket"):
+            await (self._lifespan if scope["type"] == "lifespan" else self.app)(scope, receive, send)
+            return
+        if not self._everything and not self.gate.guards(_path(scope)):
+            await self._pass_anonymous(scope, receive, send)
+            return
+        try:
+            key, client = self._presented(scope)
+            identity = self.authenticator.cached(key, client)
+            if identity is None:
+                identity = await self.authenticator.authenticate(key, client=client)
+        except Refused as refused:
+            if self._passes(refused, scope):
+                await self._pass_anonymous(scope, receive, send)
+            else:
+                await self._refuse(refused, scope, send)
+            return
+        scope["papaours"] = scope["user"] = scope["auth"] = identity
+        if self.recorder is None:
+            await self.app(scope, receive, private(send))
+            return
+        call = Call(identity, client, scope.get("method", "WEBSOCKET"))
+        # Not a coroutine of ours: only the frame that is here anyway sees how the app ended.
+        try:
+            await self.app(scope, receive, self.recorded(send, call, scope, self.recorder))
+        except BaseException as error:
+            self.ended(self.recorder, call, scope, outcome_of(call, error))
+            raise
+        self.ended(self.recorder, call, scope, call.outcome or _GONE)
+
+    async def _refuse(self, refused: Refused, scope: Scope, send: Send) -> None:
+        recorder = self.recorder
+        if recorder is None:
+            await respond(refused, scope, send)
+            return
+        call = self.refused(recorder, refused, scope)
+        if call is None:
+            await respond(refused, scope, send)
+            return
+        try:
+            await respond(refused, scope, self.recorded(send, call, scope, recorder))
+        finally:
+            self.ended(recorder, call, scope, call.outcome or _GONE)
 
     async def _pass_anonymous(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["papaours"] = None
@@ -295,6 +301,13 @@ def identity_of(scope: Scope) -> Identity | None:
     """Give the identity a middleware found, or None on an anonymous request."""
     identity = scope.get("papaours")
     return identity if isinstance(identity, Identity) else None
+
+
+def outcome_of(call: Call, error: BaseException | None) -> Outcome:
+    """Tell how a call ended, by what the app raised and by whether the answer was whole."""
+    if error is None:
+        return call.outcome or _GONE
+    return _GONE if call.status and isinstance(error, asyncio.CancelledError | OSError) else _FAILED
 
 
 def route_of(scope: Scope) -> str:

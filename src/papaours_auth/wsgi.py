@@ -20,8 +20,8 @@ from .usage import Call, Outcome, Recorder
 logger = logging.getLogger("papaours_auth")
 # Bound once: to name a member of an enum costs 100 ns.
 _COMPLETED, _FAILED, _GONE = Outcome.COMPLETED, Outcome.FAILED, Outcome.GONE
-REFUSAL: Final = "papaours.refusal"
-"""Where in an environ an integration says why it refused a call that the middleware had let in."""
+REFUSED: Final = "papaours.refused"
+"""Where in an environ an integration puts the `Refused` that a view raised, for what is recorded."""
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -206,7 +206,8 @@ class _Recording:
     def _describe(self) -> None:
         environ, call = self._environ, self._call
         call.route = recordable(route_of(environ), self._mark)
-        call.reason = call.reason or environ.get(REFUSAL, "")
+        if not call.reason and REFUSED in environ:
+            call.reason = environ[REFUSED].reason.value
         call.request_id = recordable(environ.get("HTTP_X_REQUEST_ID", ""), self._mark)
 
 
