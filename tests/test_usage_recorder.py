@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +25,11 @@ from papaours_auth import Identity, Reason
 from papaours_auth.exceptions import ConfigurationError
 from papaours_auth.model import KeyInfo, MachineInfo
 from papaours_auth.usage import Batch, Call, CallableSink, Health, Outcome, Recorder, open_sink
-from papaours_auth.usage.event import event_from
+from papaours_auth.usage.event import body_of, event_from, event_of
+from papaours_auth.usage.recorder import _close
 from papaours_auth.usage.spool import EVENT, Segment, records
 from papaours_auth.usage.sqlite import Retention, SQLiteSink
+from papaours_auth.usage.tally import Tally
 from support.servers import wait_until
 
 CALLER = Identity(
@@ -580,3 +583,75 @@ def test_a_fork_while_the_sink_hangs_gives_a_child_that_records(
     release.set()
     recorder.close()
     assert rows(sink.path) == {200: 1, 201: 1}
+
+
+def test_a_thread_that_cannot_start_any_more_leaves_delivery_to_the_end(
+    make: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def ending(_: object) -> None:
+        raise RuntimeError("can't start new thread at interpreter shutdown")
+
+    path = tmp_path / "usage.db"
+    recorder = make(SQLiteSink(path))
+    with monkeypatch.context() as patch:
+        patch.setattr("threading.Thread.start", ending)
+        call(recorder)
+    recorder.close()
+    assert rows(path) == {200: 1}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"interval": 0},
+        {"interval": float("inf")},
+        {"max_pending": 0},
+        {"segment_bytes": 100},
+        {"max_spool": 8192, "segment_bytes": 8193},
+    ],
+)
+def test_a_recorder_set_up_wrongly_stops_the_app(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError):
+        Recorder(CallableSink(lambda _: None), **options)
+
+
+def test_a_recorder_that_is_gone_is_neither_started_nor_closed(make: Callable[..., Recorder]) -> None:
+    recorder = make(CallableSink(lambda _: None))
+    done, reference = recorder.done, weakref.ref(recorder)
+    del recorder
+    gc.collect()
+    done(Call(CALLER, None, "GET"), Outcome.COMPLETED)
+    _close(reference)
+    assert reference() is None
+
+
+def test_an_attacker_cannot_name_more_networks_than_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("papaours_auth.usage.tally._MOST", 10)
+    tally = Tally()
+    for number in range(100):
+        tally.add(Reason.UNKNOWN_KEY, f"192.0.{number}.1")
+    taken = tally.take()
+    assert len(taken) <= 12  # a minute may have begun in between
+    assert sum(entry.calls for entry in taken) == 100
+    assert {entry.network for entry in taken} > {"other"}
+    assert tally.take() == []
+
+
+def test_refusals_that_do_not_fit_a_full_spool_are_counted_lost(tmp_path: Path) -> None:
+    seen: list[Batch] = []
+    options = {"spool": tmp_path / "spool", "segment_bytes": 8192, "max_spool": 16384}
+    recorder = Recorder(CallableSink(seen.append), interval=SLOW, **options)  # type: ignore[arg-type]  # of several types
+    recorder.start()
+    wait_until(lambda: recorder.health().running, 10, what="the thread")
+    recorder.flush()
+    for number in range(600):
+        recorder.refused(Reason.UNKNOWN_KEY, f"10.{number // 250}.{number % 250}.1")
+    recorder.close()
+    assert sum(entry.calls for batch in seen for entry in batch.refusals) + recorder.stats().lost == 600
+    assert recorder.stats().lost > 0
+
+
+def test_a_damaged_outcome_leaves_the_rest_of_the_event(tmp_path: Path) -> None:
+    event = event_of("e", b"\xff" * 8, body_of(Call(CALLER, "192.0.2.7", "GET"), 0.0, ""))
+    assert event is not None
+    assert (event.status, event.outcome, event.key_id) == (0, "started", "key-1")

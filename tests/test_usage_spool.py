@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import secrets
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -284,8 +286,6 @@ def test_a_lock_that_another_took_meanwhile_is_not_ours(
 
 def test_a_sink_that_hangs_does_not_stop_the_making_of_segments(tmp_path: Path) -> None:
     """The courier's thread waits for the sink; a thread of its own makes room, or 8 KB would be all there is."""
-    import threading
-
     release = threading.Event()
     seen: list[Batch] = []
 
@@ -313,3 +313,34 @@ def test_a_call_that_outlives_its_segment_is_amended_nowhere(tmp_path: Path) -> 
     heir.recorder.close()
     heir.recorder.done(slow, Outcome.COMPLETED)
     assert [event.outcome for batch in heir.batches for event in batch.events] == ["started"]
+
+
+def test_a_file_that_another_process_delivers_meanwhile_has_no_size(folder: Path) -> None:
+    spool = Spool(folder, producer="f" * 16, segment_bytes=8192, max_bytes=1 << 20)
+    entries = list(os.scandir(folder))
+    for entry in entries:
+        Path(entry.path).unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.scandir", lambda _: entries)
+        spool.segment(1).remove()
+    spool.close(keep=False)
+
+
+def test_a_new_lock_that_its_maker_holds_is_left_alone(folder: Path) -> None:
+    new = folder / f"{'f' * 16}.01234567.new"
+    with new.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        Heir(folder).deliver()
+        assert new.exists()
+
+
+def test_what_does_not_fit_any_segment_is_lost_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("papaours_auth.usage.spooled.body_of", lambda *_: b"x" * 9000)
+    recorder = Recorder(
+        CallableSink(lambda _: None), spool=tmp_path / "spool", interval=SLOW, segment_bytes=8192
+    )
+    lost = call(recorder)
+    monkeypatch.undo()
+    recorder.done(lost, Outcome.COMPLETED)
+    assert recorder.stats().lost == 1
+    recorder.close()
