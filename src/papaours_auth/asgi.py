@@ -241,7 +241,9 @@ class PapaoursAuthMiddleware(Guard):
         except BaseException as error:
             self.ended(self.recorder, call, scope, outcome_of(call, error))
             raise
-        self.ended(self.recorder, call, scope, call.outcome or _GONE)
+        if not call.status:
+            self._describe(call, scope)
+        self.recorder.done(call, call.outcome or _GONE)  # `ended`, had it not cost 50 ns
 
     async def _refuse(self, refused: Refused, scope: Scope, send: Send) -> None:
         recorder = self.recorder
@@ -313,7 +315,7 @@ def outcome_of(call: Call, error: BaseException | None) -> Outcome:
 def route_of(scope: Scope) -> str:
     """Give the route's template where the framework tells it (FastAPI, Starlette from 1.0 on), else the path."""
     route = scope.get("route")
-    template = getattr(route, "path", None)
+    template = None if route is None else getattr(route, "path", None)
     if not isinstance(template, str):
         path: str = scope["path"]
         return path
