@@ -7,6 +7,7 @@ import base64
 import contextlib
 import logging
 import secrets
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,6 +112,11 @@ def wsgi_app(environ: Any, start_response: Any) -> Iterable[bytes]:
     if path == "/fails":
         raise LookupError
     start_response("404 Not Found" if path == "/absent" else "200 OK", [])
+    if path == "/again":
+        try:
+            raise LookupError
+        except LookupError:
+            start_response("500 Too Late For A 200", [], sys.exc_info())
     return wsgi_body(path)
 
 
@@ -169,6 +175,20 @@ def test_one_event_per_call_whatever_happens(house: House, kept: Kept, calls: An
 def test_a_cancelled_call_is_one_whose_client_went(house: House, kept: Kept) -> None:
     asgi_calls(house, kept, [("/cancelled", house.good)])
     assert [(event.status, event.outcome) for event in kept.events()] == [(200, "gone")]
+
+
+@pytest.mark.parametrize("spool", [False, True])
+def test_a_wsgi_app_that_changes_its_mind_has_one_event_with_what_it_said_last(
+    house: House, tmp_path: Path, spool: bool
+) -> None:
+    seen = Kept()
+    seen.recorder = Recorder(
+        CallableSink(seen.batches.append), interval=SLOW, spool=tmp_path / "spool" if spool else None
+    )
+    wsgi_calls(house, seen, [("/again", house.good)])
+    seen.recorder.close()
+    events = [event for batch in seen.batches for event in batch.events]
+    assert [(event.status, event.outcome) for event in events] == [(500, "completed")]
 
 
 @DOORS

@@ -313,7 +313,7 @@ def outcome_of(call: Call, error: BaseException | None) -> Outcome:
 
 
 def route_of(scope: Scope) -> str:
-    """Give the route's template where the framework tells it (FastAPI, Starlette from 1.0 on), else the path."""
+    """Give the route's template where the framework tells it (FastAPI, recent Starlette), else the path."""
     route = scope.get("route")
     template = None if route is None else getattr(route, "path", None)
     if not isinstance(template, str):
