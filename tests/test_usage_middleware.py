@@ -69,6 +69,10 @@ async def asgi_app(scope: Any, receive: Any, send: Any) -> None:
     path = scope["path"]
     if path == "/fails":
         raise LookupError
+    if path == "/cancelled-early":
+        raise asyncio.CancelledError
+    if path == "/no-file":
+        raise FileNotFoundError
     await send({"type": "http.response.start", "status": 404 if path == "/absent" else 200, "headers": []})
     if path == "/breaks":
         raise LookupError
@@ -76,6 +80,8 @@ async def asgi_app(scope: Any, receive: Any, send: Any) -> None:
         return
     if path == "/cancelled":
         raise asyncio.CancelledError
+    if path == "/reset":
+        raise ConnectionResetError
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -98,7 +104,7 @@ def asgi_calls(house: House, kept: Kept, calls: list[tuple[str, str]]) -> None:
                 "headers": headers,
                 "client": ("192.0.2.7", 1),
             }
-            with contextlib.suppress(LookupError, asyncio.CancelledError):
+            with contextlib.suppress(LookupError, OSError, asyncio.CancelledError):
                 await app(scope, nothing, nothing)
         kept.events()
         await app.aclose()
@@ -173,8 +179,15 @@ def test_one_event_per_call_whatever_happens(house: House, kept: Kept, calls: An
 
 
 def test_a_cancelled_call_is_one_whose_client_went(house: House, kept: Kept) -> None:
-    asgi_calls(house, kept, [("/cancelled", house.good)])
-    assert [(event.status, event.outcome) for event in kept.events()] == [(200, "gone")]
+    asgi_calls(
+        house, kept, [(path, house.good) for path in ("/cancelled", "/cancelled-early", "/reset", "/no-file")]
+    )
+    assert [(event.status, event.outcome) for event in kept.events()] == [
+        (200, "gone"),
+        (0, "gone"),
+        (200, "gone"),
+        (0, "failed"),
+    ]
 
 
 @pytest.mark.parametrize("spool", [False, True])

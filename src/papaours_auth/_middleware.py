@@ -11,7 +11,8 @@ from .exceptions import ConfigurationError
 from .usage import Recorder
 
 STORE_VARIABLE: Final = "PAPAOURS_STORE"
-_LONGEST: Final = 1024
+_LONGEST: Final = 256
+"""Characters: what waits in memory is bounded too, not only what is kept."""
 _HIDDEN: Final = "(hidden: it looks like a key)"
 
 

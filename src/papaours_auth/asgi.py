@@ -309,7 +309,11 @@ def outcome_of(call: Call, error: BaseException | None) -> Outcome:
     """Tell how a call ended, by what the app raised and by whether the answer was whole."""
     if error is None:
         return call.outcome or _GONE
-    return _GONE if call.status and isinstance(error, asyncio.CancelledError | OSError) else _FAILED
+    if isinstance(error, asyncio.CancelledError):
+        return _GONE
+    return (
+        _GONE if call.status and isinstance(error, OSError) else _FAILED
+    )  # before the answer, it is the app's own
 
 
 def route_of(scope: Scope) -> str:

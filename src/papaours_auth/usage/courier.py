@@ -134,11 +134,11 @@ class Courier:
             try:
                 fine = self._deliver(last=last)
                 self.reading.over()
+                if not last:
+                    self._keeper.tend()  # what is delivered leaves room
             except Exception as error:  # noqa: BLE001 - the thread must live, whatever a file holds
                 self.reading.note(error)
                 fine = False
-            if not last:
-                self._keeper.tend()  # what is delivered leaves room
             if fine:
                 self.caught_up = begun
             self.say_lost()

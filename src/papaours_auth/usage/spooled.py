@@ -212,10 +212,11 @@ class Spooled:
         if active is None or (self._spare is None and not last and not active.half_full):
             return  # the disk is full: what there is of a segment is worth more than a prompt delivery
         refusals = self._tally.take()
+        parts = [(json.dumps(part).encode(), sum(entry.calls for entry in part)) for part in _parts(refusals)]
         with self._lock:
-            for part in _parts(refusals):
-                if not self._place(REFUSALS, _NO_CELL, json.dumps(part).encode()):
-                    self._lost += sum(entry.calls for entry in part)
+            for body, calls in parts:
+                if not self._place(REFUSALS, _NO_CELL, body):
+                    self._lost += calls
             if self._active is not None and not self._active.empty:
                 self._rotate()
         if not last:
@@ -257,7 +258,7 @@ class Spooled:
 
     def close(self) -> None:
         """See `Keeper`."""
-        rest = self._give_up()
+        rest = self._end()
         for segment in rest:
             if segment.empty:
                 segment.remove()
@@ -269,19 +270,24 @@ class Spooled:
 
     def abandon(self) -> None:
         """See `Keeper`."""
-        self._give_up()
+        self._end()
+
+    def _end(self) -> list[Segment]:
+        with self._tending:
+            self._closed.set()
+            segments = self._give_up()
+        self._short.set()
+        return segments
 
     def _give_up(self) -> list[Segment]:
         """Give up all segments, so that no call writes to them any more."""
-        with self._tending, self._lock:
-            self._closed.set()
+        with self._lock:
             segments = [segment for segment, _ in self._sealed]
             segments += [segment for segment in (self._active, self._spare) if segment is not None]
             for segment in segments:
                 segment.frozen = True
             self._active = self._spare = None
             self._sealed = deque()
-        self._short.set()
         return segments
 
     def before_fork(self) -> None:
@@ -293,7 +299,7 @@ class Spooled:
         """See `Keeper`. The maps are the parent's too: a call of its that goes on in a child writes nothing."""
         self._lock.release()
         self._tending.release()
-        if child:
+        if child:  # no event is touched: a thread of the parent's may have held its lock
             self._give_up()
             if self._spool is not None:
                 self._spool.forget()
