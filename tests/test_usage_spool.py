@@ -344,3 +344,17 @@ def test_what_does_not_fit_any_segment_is_lost_alone(tmp_path: Path, monkeypatch
     recorder.done(lost, Outcome.COMPLETED)
     assert recorder.stats().lost == 1
     recorder.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_call_under_way_at_a_fork_is_the_parents_to_end(tmp_path: Path) -> None:
+    heir = Heir(tmp_path / "spool")
+    heir.recorder.start()
+    open_call = call(heir.recorder, 206, end=False)
+    child = os.fork()
+    if child == 0:
+        heir.recorder.done(open_call, Outcome.FAILED)
+        os._exit(heir.recorder.stats().recorded)
+    assert os.waitpid(child, 0)[1] == 0
+    heir.recorder.close()
+    assert [event.outcome for batch in heir.batches for event in batch.events] == ["started"]
