@@ -49,6 +49,7 @@ def test_calls_answered_are_events_each_once(
         load.drive(CALLS)
         with house.order("lose-replies"):
             load.drive(CALLS)
+            wait_until(house.a_reply_was_lost, 10, what="a batch that was stored and not acknowledged")
         with house.sink_down(SINK_DOWN):
             load.drive(CALLS)
         with load.driving(CALLS):

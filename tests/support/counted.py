@@ -97,6 +97,9 @@ class House:
             time.sleep(max(0.0, until - time.monotonic()))  # a fault's length, not synchronization
             connection.execute("rollback")
 
+    def a_reply_was_lost(self) -> bool:
+        return (self.folder / "reply-lost").exists()
+
     @contextmanager
     def order(self, name: str) -> Iterator[None]:
         """Have a fault in all processes, as `counted_app` reads it."""

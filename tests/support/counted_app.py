@@ -19,20 +19,21 @@ from papaours_auth.usage.sqlite import SQLiteSink
 from papaours_auth.wsgi import PapaoursAuthMiddleware as WSGIMiddleware
 
 FOLDER = Path(os.environ["COUNTED"])
-LOSE_REPLIES, DISK_FULL = FOLDER / "lose-replies", FOLDER / "disk-full"
+LOSE_REPLIES, DISK_FULL, REPLY_LOST = FOLDER / "lose-replies", FOLDER / "disk-full", FOLDER / "reply-lost"
 allocate = os.posix_fallocate
 
 
 class Sink:
-    """SQLite, whose every second reply is lost after the commit while there is a file that says so."""
+    """SQLite, whose first reply to each batch is lost after the commit while there is a file that says so."""
 
     def __init__(self) -> None:
-        self._inner, self._writes = SQLiteSink(FOLDER / "usage.db"), 0
+        self._inner, self._last = SQLiteSink(FOLDER / "usage.db"), ""
 
     def write(self, batch: Batch) -> None:
         self._inner.write(batch)
-        self._writes += 1
-        if self._writes % 2 and LOSE_REPLIES.exists():
+        again, self._last = self._last == batch.id, batch.id
+        if not again and LOSE_REPLIES.exists():
+            REPLY_LOST.touch()
             raise TimeoutError
 
 
