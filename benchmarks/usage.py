@@ -102,7 +102,9 @@ def verification(
     def recorded(recorder: Recorder) -> Callable[[], None]:
         def call() -> None:
             made = Call(authenticator.authenticate(key), "192.0.2.7", "GET")
-            recorder.sent(made, 200)
+            made.status = 200
+            if recorder.spooled:
+                recorder.sent(made)
             recorder.done(made, COMPLETED)
 
         return call
@@ -261,7 +263,8 @@ def serve(
         while made < passed * rate:
             call = Call(authenticate(), "192.0.2.7", "GET")
             call.route = "/contracts"
-            recorder.sent(call, 200)
+            call.status = 200
+            recorder.sent(call)
             recorder.done(call, COMPLETED)
             made += 1
         if passed - 1 > len(sizes):

@@ -152,7 +152,9 @@ class Guard:
             kind = message["type"]
             if kind == "http.response.start":
                 self._describe(call, scope)
-                recorder.sent(call, message["status"])
+                call.status = message["status"]
+                if recorder.spooled:
+                    recorder.sent(call)
                 return send(_marked(message))
             if kind == "http.response.body":
                 if not message.get("more_body"):
@@ -173,7 +175,8 @@ class Guard:
             status = HTTPStatus.FORBIDDEN.value  # what servers answer to it
         if status:
             self._describe(call, scope)
-            recorder.sent(call, status)
+            call.status = status
+            recorder.sent(call)
         if kind == "websocket.close" or (kind in _LAST and not message.get("more_body")):
             call.outcome = _COMPLETED
 

@@ -193,7 +193,8 @@ class _Recording:
 
     def _sent(self, status: str) -> None:
         self._describe()
-        self._recorder.sent(self._call, int(status[:3]) if status[:3].isdecimal() else 0)
+        self._call.status = int(status[:3]) if status[:3].isdecimal() else 0
+        self._recorder.sent(self._call)
 
     def _end(self, outcome: Outcome) -> None:
         if self._ended:

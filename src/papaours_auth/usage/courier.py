@@ -48,8 +48,8 @@ class Keeper(Protocol):
     idle: bool
     """Nobody delivers yet: the next call says so."""
 
-    def sent(self, call: Call, status: int) -> None:
-        """Note the status, just before the answer begins; with a spool, the call is safe from then on."""
+    def sent(self, call: Call) -> None:
+        """Keep a call whose answer is about to begin; with a spool, it is safe from then on."""
 
     def done(self, call: Call, outcome: Outcome) -> None:
         """Note how a call ended. Once."""

@@ -36,16 +36,16 @@ class Memory:
         self._waiting = 0  # events in them
         self._sequence = self._delivered = self._lost = 0
 
-    def sent(self, call: Call, status: int) -> None:
-        """See `Keeper`."""
-        call.status = status
+    def sent(self, call: Call) -> None:
+        """See `Keeper`: it is kept when it has ended."""
 
     def done(self, call: Call, outcome: Outcome) -> None:
         """See `Keeper`."""
         call.outcome = outcome
         call.ended = _monotonic()
-        if len(self._calls) < self._room:
-            self._calls.append(call)
+        calls = self._calls
+        if len(calls) < self._room:
+            calls.append(call)
         else:
             self._lose()
         if self.idle:

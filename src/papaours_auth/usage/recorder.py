@@ -67,8 +67,10 @@ class Recorder:
     Raises `ConfigurationError`. What cannot be kept is counted (`stats`) and logged, and harms no request.
     """
 
+    spooled: bool
+    """Whether a call must be given to `sent` just before its answer begins, when its status is set."""
     # Methods of the keeper, bound once: 50 ns less a call than passing it on.
-    sent: Callable[[Call, int], None]
+    sent: Callable[[Call], None]
     done: Callable[[Call, Outcome], None]
 
     def __init__(
@@ -97,6 +99,7 @@ class Recorder:
             if spool is not None
             else None
         )
+        self.spooled = self._spool is not None
         if self._spool is not None:
             check_folder(self._spool.folder)
         self._begin()

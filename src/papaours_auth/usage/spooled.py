@@ -65,11 +65,10 @@ class Spooled:
 
     # the request's side
 
-    def sent(self, call: Call, status: int) -> None:
+    def sent(self, call: Call) -> None:
         """See `Keeper`."""
-        call.status = status
         if not call.place:
-            self._keep(call, started_cell(status_of(status)))
+            self._keep(call, started_cell(status_of(call.status)))
 
     def done(self, call: Call, outcome: Outcome) -> None:
         """See `Keeper`."""
