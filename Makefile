@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all test-lowest check simulate bench bench-guard clean
+.PHONY: demo test test-all test-lowest check simulate usage-faults bench bench-guard clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/papaours-auth demo $(if $(KEEP),--keep)
@@ -36,6 +36,10 @@ check: $(VENV)/.check
 # The fault simulation: COUNT seeds, or the one named SEED with all that happens in it.
 simulate: $(VENV)/.test
 	@PYTHONPATH=tests $(BIN)/python -m simulation $(if $(SEED),--seed $(SEED),--count $(or $(COUNT),10000)) $(ARGS)
+
+# 200,000 calls through real servers and faults; `make test` has a tenth of them.
+usage-faults: $(VENV)/.test
+	PAPAOURS_FAULT_SCALE=1 $(BIN)/python -m pytest tests/test_usage_faults.py --durations=0 $(ARGS)
 
 # All benchmarks, or one: `make bench-floor`. A load generator and instruction counts need wrk and valgrind.
 bench: $(VENV)/.bench

@@ -11,7 +11,9 @@ from .exceptions import ConfigurationError
 from .usage import Recorder
 
 STORE_VARIABLE: Final = "PAPAOURS_STORE"
-_LONGEST_ROUTE: Final = 1024
+_LONGEST: Final = 256
+"""Characters: what waits in memory is bounded too, not only what is kept."""
+_HIDDEN: Final = "(hidden: it looks like a key)"
 
 
 class GateOptions(TypedDict, total=False):
@@ -51,10 +53,10 @@ def recorder_for(usage: Recorder | str | None) -> Recorder | None:
     return Recorder(usage) if isinstance(usage, str) else usage
 
 
-def route_of(text: object, token: str) -> str:
-    """Give a route as it may be recorded: bounded, and hidden where somebody put a key into it."""
-    short = str(text)[:_LONGEST_ROUTE]
-    return "(hidden: it looks like a key)" if f"{token}_" in short else short
+def recordable(text: str, mark: str) -> str:
+    """Give a text as it may be recorded: bounded, and hidden where somebody put a key into it (``mark``: pk_)."""
+    short = text[:_LONGEST]
+    return _HIDDEN if mark in short else short
 
 
 def needed(environment: str | None) -> str:

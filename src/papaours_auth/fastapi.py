@@ -12,6 +12,7 @@ the identity that the middleware found.
 """
 
 # No `from __future__ import annotations`: FastAPI before 0.116 cannot read such on a dependency that is an object.
+import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Final
@@ -21,10 +22,11 @@ from fastapi.security import APIKeyHeader, HTTPBearer, SecurityScopes
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .asgi import Guard, Message, PapaoursAuthMiddleware, identity_of, private
+from .asgi import REFUSED, Guard, Message, PapaoursAuthMiddleware, identity_of, outcome_of, private
 from .exceptions import Refused
 from .model import Identity
 from .starlette import refuse, require
+from .usage import Call, Recorder
 
 __all__ = ["PapaoursAuth", "PapaoursAuthMiddleware"]
 
@@ -47,7 +49,7 @@ _HEADER: Final = _Header(name="X-API-KEY", scheme_name="PapaoursApiKey", descrip
 
 
 class PapaoursAuth(Guard):
-    """The dependency. Options: see `papaours_auth.asgi.Guard`.
+    """The dependency. Options: see `papaours_auth.asgi.Guard`; ``usage`` records where `install` was called.
 
     With ``required=False`` it gives None to a request without a key, and should be annotated so.
     """
@@ -69,9 +71,9 @@ class PapaoursAuth(Guard):
         return require(connection, *scopes.scopes)
 
     def install(self, app: FastAPI) -> None:
-        """Answer refusals by the one table, check at start, close at shutdown."""
+        """Answer refusals by the one table, record, check at start, close at shutdown."""
         app.add_exception_handler(Refused, refuse)
-        app.add_middleware(_Private)
+        app.add_middleware(_Answers, guard=self)
         inner = app.router.lifespan_context
 
         @asynccontextmanager
@@ -86,19 +88,68 @@ class PapaoursAuth(Guard):
         app.router.lifespan_context = lifespan
 
 
-class _Private:
-    """Keeps shared caches from what a caller with a key was answered."""
+class _Answers:
+    """Keeps shared caches from what a caller with a key was answered, and records it where the guard records."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, guard: Guard) -> None:
+        self.app, self._guard = app, guard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
-            return
-        marked = private(send)
+        elif (
+            self._guard.recorder is None or identity_of(scope) is not None
+        ):  # a middleware further out records it
+            await self.app(scope, receive, _marked(scope, send))
+        else:
+            answer = _Recording(self._guard, self._guard.recorder, scope, send)
+            try:
+                await self.app(scope, receive, answer.send)
+            except BaseException as error:
+                answer.end(error)
+                raise
+            answer.end()
 
-        def send_marked(message: Message) -> Awaitable[None]:
-            return (marked if identity_of(scope) is not None else send)(message)
 
-        await self.app(scope, receive, send_marked)
+def _marked(scope: Scope, send: Send) -> Send:
+    marked = private(send)
+
+    def send_marked(message: Message) -> Awaitable[None]:
+        return (marked if identity_of(scope) is not None else send)(message)
+
+    return send_marked
+
+
+class _Recording:
+    """One answer. Whom the dependency found, or refused, is known when it begins."""
+
+    def __init__(self, guard: Guard, recorder: Recorder, scope: Scope, send: Send) -> None:
+        self._guard, self._recorder, self._scope = guard, recorder, scope
+        self._send, self._onward = send, send
+        self._started = time.monotonic()
+        self._asked = False
+        self._call: Call | None = None
+
+    def send(self, message: Message) -> Awaitable[None]:
+        """Send a message, and note what it tells."""
+        if not self._asked:
+            self._ask()
+        return self._onward(message)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Note the end."""
+        if not self._asked:
+            self._ask()
+        if self._call is not None:
+            self._guard.ended(self._recorder, self._call, self._scope, outcome_of(self._call, error))
+
+    def _ask(self) -> None:
+        self._asked = True
+        refused, caller = self._scope.get(REFUSED), identity_of(self._scope)
+        if isinstance(refused, Refused):
+            self._call = self._guard.refused(self._recorder, refused, self._scope)
+        elif caller is not None:
+            self._call = self._guard.accepted(caller, self._scope)
+        if self._call is not None:
+            self._call.started = self._started
+            self._onward = self._guard.recorded(self._send, self._call, self._scope, self._recorder)

@@ -25,7 +25,7 @@ from .http import render
 from .model import Identity, parse_right
 from .stores import Store
 from .usage import Recorder
-from .wsgi import PapaoursAuthMiddleware, identity_of
+from .wsgi import REFUSED, PapaoursAuthMiddleware, identity_of
 
 __all__ = ["PapaoursAuth", "identity"]
 
@@ -108,5 +108,6 @@ def _mark_private(response: Response) -> Response:
 
 
 def _refuse(refused: Refused) -> Response:
+    request.environ[REFUSED] = refused  # for the middleware, which records why
     answer = render(refused, accept_language=request.headers.get("Accept-Language", ""))
     return Response(answer.body, answer.status, list(answer.headers))

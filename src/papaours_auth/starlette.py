@@ -18,7 +18,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import ExceptionHandler, Receive, Scope, Send
 
-from .asgi import PapaoursAuthMiddleware, identity_of, respond
+from .asgi import REFUSED, PapaoursAuthMiddleware, identity_of, respond
 from .exceptions import Reason, Refused
 from .http import render
 from .model import Identity, parse_right
@@ -51,6 +51,7 @@ async def refuse(connection: HTTPConnection, refused: Exception) -> Response:
     """Answer a `Refused` that an endpoint raised, as the middleware answers its own."""
     if not isinstance(refused, Refused):
         raise refused
+    connection.scope[REFUSED] = refused  # for the middleware, which records why
     return _Refusal(refused)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+APPS = Path(__file__).resolve().parent
 START_SECONDS = 60.0
 
 COMMANDS: Mapping[str, Callable[[str, int], list[str]]] = {
@@ -25,6 +26,18 @@ COMMANDS: Mapping[str, Callable[[str, int], list[str]]] = {
     # The app, its store and its watcher are there before the fork.
     "gunicorn-preload": lambda app, port: [
         *("gunicorn", app, f"--bind=127.0.0.1:{port}", "--workers=2", "--threads=2", "--preload")
+    ],
+    # Of the tests of usage: several workers, recycled and killed.
+    "uvicorn-workers": lambda app, port: ["uvicorn", app, f"--port={port}", "--workers=2"],
+    "uvicorn-reload": lambda app, port: ["uvicorn", app, f"--port={port}", "--reload"],
+    "gunicorn-threads": lambda app, port: [
+        *("gunicorn", app, f"--bind=127.0.0.1:{port}", "--workers=2", "--threads=4", "--max-requests=1000")
+    ],
+    "granian-workers": lambda app, port: [
+        *("granian", app, "--interface=asgi", f"--port={port}", "--workers=2", "--respawn-failed-workers")
+    ],
+    "granian-wsgi-workers": lambda app, port: [
+        *("granian", app, "--interface=wsgi", f"--port={port}", "--workers=2", "--respawn-failed-workers")
     ],
     "waitress": lambda app, port: ["waitress", f"--listen=127.0.0.1:{port}", app],
     "granian-wsgi": lambda app, port: ["granian", app, "--interface=wsgi", f"--port={port}"],
@@ -66,7 +79,7 @@ def serving(name: str, environ: Mapping[str, str], folder: Path, app: str | None
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", *COMMANDS[name](app, port)],
-            env={**os.environ, **environ, "PYTHONPATH": os.pathsep.join((str(EXAMPLES), str(folder)))},
+            env={**os.environ, **environ, "PYTHONPATH": os.pathsep.join(map(str, (EXAMPLES, APPS, folder)))},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that its workers can be stopped with it

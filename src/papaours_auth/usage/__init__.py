@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .event import Call, Event, Outcome, Refusals
-from .recorder import Recorder, Stats
+from .recorder import Health, Recorder, Stats
 from .sinks import Batch, CallableSink, Sink, open_sink
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Call",
     "CallableSink",
     "Event",
+    "Health",
     "Outcome",
     "Recorder",
     "Refusals",

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
+import re
 import secrets
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from ..exceptions import ConfigurationError
+
 _HEADER: Final = b"papaours-usage-1"
 _RECORD: Final = struct.Struct("<2sBxII4x")
 _MARK: Final = b"pu"
+_LONGEST_BODY: Final = 1 << 20
+_LARGEST: Final = 1 << 30  # bytes of a file that is read whole
+_LOCK: Final = re.compile(r"[0-9a-f]{16}\.lock")
+_NEW: Final = re.compile(r"[0-9a-f]{16}\.[0-9a-f]{8}\.new")
+_SET_ASIDE: Final = ".unreadable"
+_PASSING: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR)
 CELL: Final = 8
 EVENT, REFUSALS = 1, 2
+
+
+class Unreadable(Exception):
+    """A file that no process of ours wrote, or that is not as we wrote it."""
 
 
 class Raw(NamedTuple):
@@ -36,9 +51,10 @@ class Segment:
         self.path, self.sequence = path, sequence
         self.frozen = False
         self.unfinished = 0
+        self.events = 0
         self.end = len(_HEADER)
         self._size = size
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(descriptor, 0, size)
             self._map = mmap.mmap(descriptor, size)
@@ -111,10 +127,38 @@ def records(data: bytes) -> Iterator[Raw | None]:
 def _record(data: bytes, place: int) -> Raw | None:
     mark, kind, length, crc = _RECORD.unpack_from(data, place)
     start = place + _RECORD.size + CELL
-    if mark != _MARK or start + length > len(data):
+    if mark != _MARK or length > _LONGEST_BODY or start + length > len(data):
         return None
     body = data[start : start + length]
     return Raw(kind, place, data[start - CELL : start], body) if zlib.crc32(body) == crc else None
+
+
+def read_segment(path: Path) -> bytes:
+    """Read what a dead process left; nothing where it died before it wrote.
+
+    Raises `Unreadable` for what is no segment of ours, `OSError` for what may pass.
+    """
+    try:
+        data = _read_file(path)
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        if error.errno in _PASSING:
+            raise
+        raise Unreadable from error
+    if not data.startswith(_HEADER) and any(data):
+        raise Unreadable
+    return data
+
+
+def _read_file(path: Path) -> bytes:
+    # Not through a link, and not held up by a pipe: what stands in the folder may be anybody's.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:
+            raise Unreadable
+        return file.read()
 
 
 class Left(NamedTuple):
@@ -127,9 +171,26 @@ class Left(NamedTuple):
 
     def release(self) -> None:
         """Give the lock back; without segments, the producer is forgotten."""
-        if not any(path.exists() for _, path in self.segments):
+        if not any(os.path.lexists(path) for _, path in self.segments):
             self.lock.unlink(missing_ok=True)
         os.close(self.descriptor)
+
+
+def set_aside(path: Path) -> None:
+    """Rename a file that cannot be read, for a person to look at. Raises `OSError`."""
+    path.rename(path.with_name(path.name + _SET_ASIDE))
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `ConfigurationError` for a folder that others may write to: they could put events into it."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return  # it is made when it is needed
+    if not stat.S_ISDIR(found.st_mode):
+        raise ConfigurationError("the usage spool is no folder")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigurationError("others may write to the folder of the usage spool: chmod 700 it")
 
 
 class Spool:
@@ -142,30 +203,36 @@ class Spool:
         # Locked before it has its name, so that nobody can take it for a dead producer's.
         self._lock = folder / f"{producer}.lock"
         made = folder / f"{producer}.{secrets.token_hex(4)}.new"
-        self._descriptor = os.open(made, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        made.rename(self._lock)
+        self._descriptor = os.open(made, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            made.rename(self._lock)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
 
     def segment(self, sequence: int) -> Segment:
         """Make the next segment. Raises `OSError`, also where the folder has reached its bound."""
         if self._size() + self._segment_bytes > self._max_bytes:
-            raise OSError("the usage spool has reached its bound")
+            raise OSError(errno.EDQUOT, "the usage spool has reached its bound")
         return Segment(self.folder / f"{self.producer}.{sequence:012d}", sequence, self._segment_bytes)
 
     def _size(self) -> int:
         total = 0
         for entry in os.scandir(self.folder):
             try:
-                total += entry.stat().st_size
+                total += entry.stat(follow_symlinks=False).st_size
             except FileNotFoundError:  # another process has delivered it
                 continue
         return total
 
     def left(self) -> Iterator[Left]:
         """Give what dead producers left, each under its lock."""
-        for lock in sorted(self.folder.glob("*.lock")):
-            if lock != self._lock and (found := _adopt(lock)) is not None:
+        for path in sorted(self.folder.iterdir()):
+            if _LOCK.fullmatch(path.name) and path != self._lock and (found := _adopt(path)) is not None:
                 yield found
+            if _NEW.fullmatch(path.name):
+                _forget_new(path)
 
     def close(self, *, keep: bool) -> None:
         """Give up our lock; ``keep`` where segments are left for who comes next."""
@@ -179,14 +246,30 @@ class Spool:
 
 
 def _adopt(lock: Path) -> Left | None:
+    descriptor = _locked(lock)
+    if descriptor is None:
+        return None
+    found = sorted(path for path in lock.parent.glob(f"{lock.stem}.*") if path.suffix[1:].isdecimal())
+    return Left(lock.stem, [(int(path.suffix[1:]), path) for path in found], lock, descriptor)
+
+
+def _forget_new(path: Path) -> None:
+    """Delete the lock of a process that died before it was one. Its maker, should it live, tries again."""
+    descriptor = _locked(path)
+    if descriptor is not None:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _locked(path: Path) -> int | None:
+    """Take a lock that is nobody's; None where it is somebody's, gone, or not for us to open."""
     try:
-        descriptor = os.open(lock, os.O_RDWR)
-    except FileNotFoundError:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
         return None
-    found = sorted(path for path in lock.parent.glob(f"{lock.stem}.*") if path.suffix[1:].isdecimal())
-    return Left(lock.stem, [(int(path.suffix[1:]), path) for path in found], lock, descriptor)
+    return descriptor
