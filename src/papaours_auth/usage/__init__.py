@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .event import Call, Event, Outcome, Refusals
 from .recorder import Recorder, Stats
-from .sinks import Batch, CallableSink, Sink, open_sink
+from .sinks import Batch, CallableSink, Sink, Tee, open_sink
 
 __all__ = [
     "Batch",
@@ -16,5 +16,6 @@ __all__ = [
     "Refusals",
     "Sink",
     "Stats",
+    "Tee",
     "open_sink",
 ]
