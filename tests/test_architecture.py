@@ -47,7 +47,7 @@ LAYERS = [
         "usage/spool.py",
         "usage/sqlite.py",
     },
-    {"outage.py", "authenticator.py", "keys.py", "testing.py"},
+    {"outage.py", "authenticator.py", "keys.py", "testing.py", "throttle.py", "throttle_storage.py"},
     {"__init__.py", "_middleware.py"},
     {"asgi.py", "wsgi.py"},
     {"starlette.py", "fastapi.py", "flask.py", "cli.py", "demo.py", "__main__.py"},

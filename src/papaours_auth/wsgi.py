@@ -41,7 +41,7 @@ class Guard:
         authenticator: Authenticator | None = None,
         **options: Unpack[MiddlewareOptions],
     ) -> None:
-        gate, rest = split_options(options)
+        gate, rest, self.throttle = split_options(options)
         if authenticator is not None and (environment is not None or store is not None or rest):
             raise ConfigurationError("authenticator is ready: environment, store and its options go into it")
         self.gate = Gate(**gate)
@@ -64,7 +64,12 @@ class Guard:
         except Refused as refused:
             if self._passes(refused, environ):
                 return None
-            raise
+            judged = refused
+            if self.throttle is not None:
+                judged = self.throttle.judge(refused, self._client(environ))
+            if judged is refused:
+                raise
+            raise judged from refused
 
     def _client(self, environ: WSGIEnvironment) -> str | None:
         forwarded = _header(environ, "HTTP_X_FORWARDED_FOR") if self.gate.believes_proxies else None
