@@ -37,11 +37,20 @@ from papaours_auth.usage import Batch, CallableSink, Recorder
 from papaours_auth.wsgi import PapaoursAuthMiddleware as WSGIMiddleware
 from support.calls import Recorded, environ_of, http_scope, run_asgi, run_wsgi
 from support.doors import Spy, Threaded
-from support.redis_servers import NEWEST, WHY_NOT, RedisServer, free_port, redis_server
+from support.redis_servers import (
+    NEWEST,
+    WHY_NOT,
+    RedisServer,
+    free_port,
+    make_certificates,
+    redis_server,
+    speaks_tls,
+)
 from support.servers import wait_until
 
 SEED = "pk_prod_abc123def456ghi789"
 UNKNOWN = "pk_prod_0123456789abcdef"
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "throttle.md"
 HERE, ELSEWHERE = "203.0.113.9", "198.51.100.7"
 
 
@@ -497,6 +506,38 @@ def test_a_fork_leaves_parent_and_child_with_connections_of_their_own(own: Redis
         os._exit(0 if judged(throttle, HERE) is Reason.UNKNOWN_KEY else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert [judged(throttle, HERE) for _ in range(2)] == [Reason.UNKNOWN_KEY, Reason.TOO_MANY_FAILURES]
+
+
+def test_pitfall_14_a_user_for_the_throttle_reaches_nothing_of_the_keys(own: RedisServer) -> None:
+    """By the recipe of docs/throttle.md, with the server to hold us to it."""
+    (line,) = [line for line in DOCS.read_text().splitlines() if line.startswith("ACL SETUSER")]
+    assert own.say(*line.split()) in (b"OK", "OK", True)
+    url = f"redis://papaours-throttle:THROTTLE-PASSWORD@{own.address}/"
+    throttle = Throttle("1/hour", storage=url)
+    assert [judged(throttle, HERE) for _ in range(2)] == [Reason.UNKNOWN_KEY, Reason.TOO_MANY_FAILURES]
+    assert all(name.startswith(b"papaours:throttle:") for name in own.say("KEYS", "*"))
+    elsewhere = Throttle("1/hour", storage=f"{url}?prefix=other")
+    assert [judged(elsewhere, HERE) for _ in range(2)] == [
+        Reason.UNKNOWN_KEY
+    ] * 2  # not allowed, so uncounted
+
+
+def test_over_tls_a_stranger_is_not_trusted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    if NEWEST is None or not speaks_tls(NEWEST):
+        pytest.skip("this Redis was built without TLS")
+    files, port = make_certificates(tmp_path), free_port()
+    options = (
+        *("--tls-port", str(port), "--tls-auth-clients", "no", "--tls-ca-cert-file", str(files.authority)),
+        *("--tls-cert-file", str(files.certificate), "--tls-key-file", str(files.key)),
+    )
+    with redis_server(NEWEST, tmp_path / "tls", *options):
+        url = f"rediss://127.0.0.1:{port}/?ca_certs="
+        trusted, stranger = (
+            Throttle("1/hour", storage=f"{url}{file}") for file in (files.authority, files.stranger)
+        )
+        assert [judged(trusted, HERE) for _ in range(2)][-1] is Reason.TOO_MANY_FAILURES
+        assert [judged(stranger, HERE) for _ in range(2)][-1] is Reason.UNKNOWN_KEY
+    assert caplog.text.count("cannot be asked") == 1
 
 
 def test_a_password_is_never_seen(caplog: pytest.LogCaptureFixture) -> None:
