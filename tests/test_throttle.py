@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from limits import parse
+from limits.strategies import FixedWindowRateLimiter
 
 from conftest import ManualClock
 from papaours_auth import (
@@ -33,6 +35,7 @@ from papaours_auth.asgi import PapaoursAuthMiddleware as ASGIMiddleware
 from papaours_auth.keys import NewKey
 from papaours_auth.stores.memory import MemoryStore
 from papaours_auth.throttle import COUNTED, REST, Throttle
+from papaours_auth.throttle_storage import Windows
 from papaours_auth.usage import Batch, CallableSink, Recorder
 from papaours_auth.wsgi import PapaoursAuthMiddleware as WSGIMiddleware
 from support.calls import Recorded, environ_of, http_scope, run_asgi, run_wsgi
@@ -349,6 +352,7 @@ def test_threads_count_together(clock: ManualClock) -> None:
     assert Counter(answers) == {Reason.UNKNOWN_KEY: 50, Reason.TOO_MANY_FAILURES: 150}
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_fork_leaves_both_counting() -> None:
     throttle = Throttle("2/minute")
     judged(throttle, HERE)
@@ -371,6 +375,23 @@ def test_a_fork_leaves_both_counting() -> None:
     thread.join()
     assert {os.waitpid(child, 0)[1] for child in children} == {0}
     assert judged(throttle, HERE) is Reason.UNKNOWN_KEY
+
+
+def test_our_memory_is_a_storage_of_limits(clock: ManualClock) -> None:
+    windows, item = Windows(clock, threading.Lock()), parse("2/minute")
+    limiter = FixedWindowRateLimiter(windows)
+    assert [limiter.hit(item, "a") for _ in range(3)] == [True, True, False]
+    assert limiter.test(item, "b")
+    assert not limiter.test(item, "a")
+    stats = limiter.get_window_stats(item, "a")
+    assert (stats.remaining, stats.reset_time) == (0, clock.time() + 60)
+    limiter.clear(item, "a")
+    assert limiter.test(item, "a")
+    assert limiter.hit(item, "a", cost=2)
+    clock.advance(60)
+    assert limiter.test(item, "a")
+    assert windows.check()
+    assert (windows.reset(), windows.reset()) == (1, 0)
 
 
 # Redis
@@ -475,29 +496,75 @@ def test_a_frozen_redis_does_not_block_the_loop(own: RedisServer, monkeypatch: p
     assert ticks >= 3  # of 20
 
 
-def test_few_threads_wait_for_a_slow_redis_and_the_others_do_without(own: RedisServer) -> None:
-    throttle = Throttle("2/hour", storage=f"redis://{own.address}/")
-    waiting = threading.Semaphore(0)
-    go = threading.Event()
+def test_connections_that_lay_idle_through_a_restart_say_nothing_about_the_server(
+    own: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    throttle = Throttle("1/hour", storage=f"redis://{own.address}/")
+    judged(throttle, HERE)
+    own.kill()
+    own.start()
+    assert [judged(throttle, ELSEWHERE) for _ in range(2)][-1] is Reason.TOO_MANY_FAILURES
+    assert not caplog.records
 
-    def slow(_: str) -> float:
-        waiting.release()
-        assert go.wait(30)
+
+class Held:
+    """A Redis that takes its time: until it is let go."""
+
+    def __init__(self, throttle: Throttle) -> None:
+        self.waiting = threading.Semaphore(0)
+        self.go = threading.Event()
+        throttle._limiter.hit = self  # type: ignore[method-assign]  # in its place
+
+    def __call__(self, name: str) -> float:
+        self.waiting.release()
+        assert self.go.wait(30)
         return 0.0
 
-    throttle._limiter.hit = slow  # type: ignore[assignment,method-assign]  # a Redis that takes its time
+
+def test_pitfall_23_a_call_that_is_cancelled_leaves_nothing_held(own: RedisServer) -> None:
+    throttle = Throttle("2/hour", storage=f"redis://{own.address}/")
+    held_up = Held(throttle)
+
+    async def run() -> None:
+        for _ in range(2):
+            task = asyncio.create_task(throttle.ajudge(bad_key(), HERE))
+            assert await asyncio.to_thread(held_up.waiting.acquire, timeout=10)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        held_up.go.set()
+
+    asyncio.run(run())
+    assert throttle._askers._value == 8
+    assert judged(throttle, HERE) is Reason.UNKNOWN_KEY
+
+
+def test_a_loop_that_ends_gives_no_thread_and_the_call_its_answer(own: RedisServer) -> None:
+    throttle = Throttle("2/hour", storage=f"redis://{own.address}/")
+
+    async def run() -> Refused:
+        await asyncio.get_running_loop().shutdown_default_executor()
+        return await throttle.ajudge(bad_key(), HERE)
+
+    assert asyncio.run(run()).reason is Reason.UNKNOWN_KEY
+
+
+def test_few_threads_wait_for_a_slow_redis_and_the_others_do_without(own: RedisServer) -> None:
+    throttle = Throttle("2/hour", storage=f"redis://{own.address}/")
+    slow = Held(throttle)
     threads = [threading.Thread(target=judged, args=(throttle, HERE)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for _ in threads:
-        assert waiting.acquire(timeout=10)
+        assert slow.waiting.acquire(timeout=10)
     assert judged(throttle, ELSEWHERE) is Reason.UNKNOWN_KEY  # at once: it did not wait
-    go.set()
+    slow.go.set()
     for thread in threads:
         thread.join()
     assert judged(throttle, ELSEWHERE) is Reason.UNKNOWN_KEY
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_fork_leaves_parent_and_child_with_connections_of_their_own(own: RedisServer) -> None:
     throttle = Throttle("3/hour", storage=f"redis://{own.address}/")
     judged(throttle, HERE)

@@ -307,6 +307,7 @@ def wsgi_ok(environ: Any, start_response: Any) -> list[bytes]:
     return [b"ok"]
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_child_begins_at_nothing_while_another_thread_renders() -> None:
     sink = PrometheusSink()
     sink.write(BATCH)

@@ -337,6 +337,7 @@ def test_last_used_is_answered_by_both_shells(house: House) -> None:
     used.close()
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_no_connection_is_held_between_batches_nor_over_a_fork(own: House) -> None:
     sink = RedisSink(own.url)
     for sequence in (1, 2):

@@ -26,10 +26,7 @@ class GateOptions(TypedDict, total=False):
 
 
 class MiddlewareOptions(GateOptions, Options, total=False):
-    """Everything a middleware takes besides the app, the environment, the store or the authenticator.
-
-    ``throttle``: a `Throttle`, or its limit such as ``"30/minute"``; off by default.
-    """
+    """Everything a middleware takes besides the app, the environment, the store or the authenticator."""
 
     throttle: Throttle | str | None
 

@@ -99,7 +99,7 @@ class Throttle:
             return refused
         name, wait = self._look(client)
         if not wait:
-            wait = await asyncio.to_thread(self._count, name) if self._remote else self._count(name)
+            wait = await self._acount(name) if self._remote else self._count(name)
         return _verdict(refused, wait)
 
     def _look(self, client: str | None) -> tuple[str, float]:
@@ -126,6 +126,12 @@ class Throttle:
                 if known is not None:
                     known.blocked_until = self._monotonic() + wait
         return wait
+
+    async def _acount(self, name: str) -> float:
+        try:
+            return await asyncio.to_thread(self._count, name)
+        except RuntimeError:  # the loop ends, and gives no thread any more
+            return 0.0
 
     def _ask(self, name: str) -> float:
         """Count in a storage elsewhere: with a bound on the time, and on who waits for it."""
