@@ -337,6 +337,18 @@ def test_last_used_is_answered_by_both_shells(house: House) -> None:
     used.close()
 
 
+def test_events_that_come_late_or_early_move_first_and_last_alone(house: House) -> None:
+    sink, used = RedisSink(house.url), RedisUsage(house.url)
+    for sequence, at in enumerate((NOW, NOW - MINUTE, NOW + 5, NOW - 3), 1):
+        sink.write(batch(1, sequence=sequence, at=at))
+    last = used.last_used("key_1")
+    used.close()
+    assert last is not None
+    assert (int(last.first.timestamp() * 1e6), int(last.last.timestamp() * 1e6)) == (NOW - MINUTE, NOW + 5)
+    assert last.calls == 4
+    assert house.say("ZSCORE", house.name("keys:last"), "key_1") in (float(NOW + 5), str(NOW + 5).encode())
+
+
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_no_connection_is_held_between_batches_nor_over_a_fork(own: House) -> None:
     sink = RedisSink(own.url)

@@ -44,8 +44,8 @@ class Guard:
     """Finds who calls an ASGI app: what the middleware and the integrations share.
 
     Give ``environment`` (and ``store``, else PAPAOURS_STORE names it) with any option of `Gate` and
-    `Authenticator`, or a ready ``authenticator`` with options of `Gate` alone; with either ``throttle``, a `Throttle` or
-    its limit such as ``"30/minute"`` (none by default). Raises `ConfigurationError` at once.
+    `Authenticator`, or a ready ``authenticator`` with options of `Gate` alone. With either, ``throttle`` may be a
+    `Throttle` or its limit, ``"30/minute"``; there is none by default. Raises `ConfigurationError` at once.
     """
 
     def __init__(
