@@ -30,8 +30,12 @@ from papaours_auth import (
     Reason,
     Refused,
     StoreUnavailable,
+    open_store,
+    parse_peppers,
+    throttle_storage,
 )
 from papaours_auth.asgi import PapaoursAuthMiddleware as ASGIMiddleware
+from papaours_auth.digest import new_pepper
 from papaours_auth.keys import NewKey
 from papaours_auth.stores.memory import MemoryStore
 from papaours_auth.throttle import COUNTED, REST, Throttle
@@ -49,7 +53,7 @@ from support.redis_servers import (
     redis_server,
     speaks_tls,
 )
-from support.servers import wait_until
+from support.servers import serving, wait_until
 
 SEED = "pk_prod_abc123def456ghi789"
 UNKNOWN = "pk_prod_0123456789abcdef"
@@ -413,6 +417,16 @@ def own(tmp_path: Path) -> Iterator[RedisServer]:
         yield server
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of a Redis that answers: machines are busy."""
+    monkeypatch.setattr(throttle_storage, "_PATIENCE", 5.0)
+
+
+def at(server: RedisServer, prefix: str = "papaours", user: str = "") -> str:
+    return f"redis://{user}{server.address}/?prefix={prefix}&timeout=5"
+
+
 def either(throttle: Throttle, kind: str) -> Callable[[str], Refused]:
     if kind == "sync":
         return lambda address: throttle.judge(bad_key(), address)
@@ -422,9 +436,10 @@ def either(throttle: Throttle, kind: str) -> Callable[[str], Refused]:
 SHELLS = pytest.mark.parametrize("kind", ["sync", "async"])
 
 
+@pytest.mark.usefixtures("patient")
 @SHELLS
 def test_processes_count_together_in_redis(shared: RedisServer, kind: str) -> None:
-    url = f"redis://{shared.address}/?prefix=together-{kind}"
+    url = at(shared, f"together-{kind}")
     one, two = (either(Throttle("3/hour", storage=url), kind) for _ in range(2))
     assert [ask(HERE).reason for ask in (one, two, one)] == [Reason.UNKNOWN_KEY] * 3
     refused = two(HERE)
@@ -440,8 +455,9 @@ def test_processes_count_together_in_redis(shared: RedisServer, kind: str) -> No
     assert one(HERE).reason is Reason.UNKNOWN_KEY  # a new window, as far as this process knows
 
 
+@pytest.mark.usefixtures("patient")
 def test_pitfall_17_a_flood_of_addresses_does_not_fill_redis(shared: RedisServer) -> None:
-    throttle = Throttle("2/minute", storage=f"redis://{shared.address}/?prefix=flood", max_networks=50)
+    throttle = Throttle("2/minute", storage=at(shared, "flood"), max_networks=50)
     for number in range(500):
         judged(throttle, f"2001:db8:{number:x}::1")
     assert len(shared.say("KEYS", "flood:*")) == 51
@@ -452,7 +468,7 @@ def test_pitfall_17_a_flood_of_addresses_does_not_fill_redis(shared: RedisServer
 def test_an_outage_of_its_redis_lets_failures_pass_uncounted_at_once_and_says_so_once(
     own: RedisServer, kind: str, fault: str, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    throttle = Throttle("2/hour", storage=f"redis://{own.address}/", clock=clock)
+    throttle = Throttle("2/hour", storage=at(own), clock=clock)
     ask = either(throttle, kind)
     assert [ask(HERE).reason for _ in range(3)][-1] is Reason.TOO_MANY_FAILURES
     (own.kill if fault == "killed" else own.freeze)()
@@ -472,7 +488,7 @@ def test_an_outage_of_its_redis_lets_failures_pass_uncounted_at_once_and_says_so
 
 
 def test_a_frozen_redis_does_not_block_the_loop(own: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    throttle = Throttle("2/hour", storage=f"redis://{own.address}/")
+    throttle = Throttle("2/hour", storage=at(own))
     judged(throttle, HERE)  # connected
     own.freeze()
 
@@ -496,10 +512,11 @@ def test_a_frozen_redis_does_not_block_the_loop(own: RedisServer, monkeypatch: p
     assert ticks >= 3  # of 20
 
 
+@pytest.mark.usefixtures("patient")
 def test_connections_that_lay_idle_through_a_restart_say_nothing_about_the_server(
     own: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    throttle = Throttle("1/hour", storage=f"redis://{own.address}/")
+    throttle = Throttle("1/hour", storage=at(own))
     judged(throttle, HERE)
     own.kill()
     own.start()
@@ -522,7 +539,7 @@ class Held:
 
 
 def test_pitfall_23_a_call_that_is_cancelled_leaves_nothing_held(own: RedisServer) -> None:
-    throttle = Throttle("2/hour", storage=f"redis://{own.address}/")
+    throttle = Throttle("2/hour", storage=at(own))
     held_up = Held(throttle)
 
     async def run() -> None:
@@ -540,7 +557,7 @@ def test_pitfall_23_a_call_that_is_cancelled_leaves_nothing_held(own: RedisServe
 
 
 def test_a_loop_that_ends_gives_no_thread_and_the_call_its_answer(own: RedisServer) -> None:
-    throttle = Throttle("2/hour", storage=f"redis://{own.address}/")
+    throttle = Throttle("2/hour", storage=at(own))
 
     async def run() -> Refused:
         await asyncio.get_running_loop().shutdown_default_executor()
@@ -550,7 +567,7 @@ def test_a_loop_that_ends_gives_no_thread_and_the_call_its_answer(own: RedisServ
 
 
 def test_few_threads_wait_for_a_slow_redis_and_the_others_do_without(own: RedisServer) -> None:
-    throttle = Throttle("2/hour", storage=f"redis://{own.address}/")
+    throttle = Throttle("2/hour", storage=at(own))
     slow = Held(throttle)
     threads = [threading.Thread(target=judged, args=(throttle, HERE)) for _ in range(8)]
     for thread in threads:
@@ -564,9 +581,10 @@ def test_few_threads_wait_for_a_slow_redis_and_the_others_do_without(own: RedisS
     assert judged(throttle, ELSEWHERE) is Reason.UNKNOWN_KEY
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_fork_leaves_parent_and_child_with_connections_of_their_own(own: RedisServer) -> None:
-    throttle = Throttle("3/hour", storage=f"redis://{own.address}/")
+    throttle = Throttle("3/hour", storage=at(own))
     judged(throttle, HERE)
     child = os.fork()
     if child == 0:
@@ -575,20 +593,22 @@ def test_a_fork_leaves_parent_and_child_with_connections_of_their_own(own: Redis
     assert [judged(throttle, HERE) for _ in range(2)] == [Reason.UNKNOWN_KEY, Reason.TOO_MANY_FAILURES]
 
 
+@pytest.mark.usefixtures("patient")
 def test_pitfall_14_a_user_for_the_throttle_reaches_nothing_of_the_keys(own: RedisServer) -> None:
     """By the recipe of docs/throttle.md, with the server to hold us to it."""
     (line,) = [line for line in DOCS.read_text().splitlines() if line.startswith("ACL SETUSER")]
     assert own.say(*line.split()) in (b"OK", "OK", True)
-    url = f"redis://papaours-throttle:THROTTLE-PASSWORD@{own.address}/"
-    throttle = Throttle("1/hour", storage=url)
+    user = "papaours-throttle:THROTTLE-PASSWORD@"
+    throttle = Throttle("1/hour", storage=at(own, user=user))
     assert [judged(throttle, HERE) for _ in range(2)] == [Reason.UNKNOWN_KEY, Reason.TOO_MANY_FAILURES]
     assert all(name.startswith(b"papaours:throttle:") for name in own.say("KEYS", "*"))
-    elsewhere = Throttle("1/hour", storage=f"{url}?prefix=other")
+    elsewhere = Throttle("1/hour", storage=at(own, "other", user))
     assert [judged(elsewhere, HERE) for _ in range(2)] == [
         Reason.UNKNOWN_KEY
     ] * 2  # not allowed, so uncounted
 
 
+@pytest.mark.usefixtures("patient")
 def test_over_tls_a_stranger_is_not_trusted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     if NEWEST is None or not speaks_tls(NEWEST):
         pytest.skip("this Redis was built without TLS")
@@ -598,7 +618,7 @@ def test_over_tls_a_stranger_is_not_trusted(tmp_path: Path, caplog: pytest.LogCa
         *("--tls-cert-file", str(files.certificate), "--tls-key-file", str(files.key)),
     )
     with redis_server(NEWEST, tmp_path / "tls", *options):
-        url = f"rediss://127.0.0.1:{port}/?ca_certs="
+        url = f"rediss://127.0.0.1:{port}/?timeout=5&ca_certs="
         trusted, stranger = (
             Throttle("1/hour", storage=f"{url}{file}") for file in (files.authority, files.stranger)
         )
@@ -642,6 +662,68 @@ def test_without_limits_one_is_told_what_to_install() -> None:
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.startswith("ConfigurationError")
     assert "papaours-auth[throttle]" in said
+
+
+# real servers
+
+APP = """
+import os
+from papaours_auth.{door} import PapaoursAuthMiddleware
+from papaours_auth.throttle import Throttle
+{app}
+throttle = Throttle("20/hour", storage=os.environ["THROTTLE"])
+app = PapaoursAuthMiddleware(plain, environment="prod", exempt=["/healthz"], throttle=throttle)
+"""
+ASGI = """
+async def plain(scope, receive, send):
+    if scope["type"] == "lifespan":
+        while True:
+            message = await receive()
+            await send({"type": message["type"] + ".complete"})
+            if message["type"] == "lifespan.shutdown":
+                return
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+"""
+WSGI = """
+def plain(environ, start_response):
+    start_response("200 OK", [("Content-Length", "2")])
+    return [b"ok"]
+"""
+
+
+@pytest.mark.parametrize("name", ["uvicorn", "gunicorn-preload"])
+def test_workers_count_together_and_let_a_valid_key_in(own: RedisServer, tmp_path: Path, name: str) -> None:
+    pepper, url = new_pepper(), f"sqlite:///{tmp_path / 'keys.db'}"
+    with Keys(open_store(url, create=True), peppers=parse_peppers(pepper)) as keys:
+        machine = keys.create_machine("Service de facturation", organisation="cfa-lyon")
+        new = keys.create_key(machine.id, name="Production - Facturation", environment="prod")
+    door, app = ("asgi", ASGI) if name == "uvicorn" else ("wsgi", WSGI)
+    (tmp_path / "throttled_app.py").write_text(APP.format(door=door, app=app))
+    environ = {
+        "PAPAOURS_STORE": url,
+        "PAPAOURS_PEPPER": pepper,
+        "THROTTLE": f"redis://{own.address}/",
+        "WEB_CONCURRENCY": "2",
+    }
+    answers: Counter[int] = Counter()
+    good: Counter[int] = Counter()
+    with serving(name, environ, tmp_path, "throttled_app:app") as server:
+
+        def drive(seen: Counter[int], key: str) -> None:
+            for _ in range(40):
+                seen[server.get({"X-API-KEY": key}, "/contracts")[0]] += 1
+
+        threads = [threading.Thread(target=drive, args=(answers, UNKNOWN)) for _ in range(3)]
+        threads.append(threading.Thread(target=drive, args=(good, new.secret.reveal())))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        log = server.log.read_text()
+    assert good == {200: 40}
+    if "cannot be asked" not in log:  # a machine too busy for 0.2 s: they pass then, as they should
+        assert answers == {401: 20, 429: 100}
 
 
 # usage

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -390,6 +392,44 @@ def test_a_recorder_delivers_each_call_once_through_a_killed_server(own: House) 
     recorder.close()
     assert len(own.events()) == 150
     assert recorder.stats()[:4] == (150, 150, 0, 0)
+
+
+class KilledAfterwards:
+    """A sink whose process dies when the batch is stored, and before anybody is told."""
+
+    def __init__(self, url: str) -> None:
+        self._sink = RedisSink(url)
+
+    def write(self, given: Batch) -> None:
+        self._sink.write(given)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_process_killed_after_the_commit_leaves_its_heir_nothing_to_double(
+    own: House, tmp_path: Path
+) -> None:
+    for round_ in range(2):
+        child = os.fork()
+        if child == 0:
+            recorder = Recorder(KilledAfterwards(own.url), spool=tmp_path / "spool", interval=3600.0)
+            recorder._thread = threading.current_thread()  # no other: it would deliver what there is so far
+            recorder._prepare()
+            for _ in range(100):
+                call = Call(CALLER, "192.0.2.7", "GET")
+                recorder.sent(call, 200)
+                recorder.done(call, Outcome.COMPLETED)
+            recorder.flush()
+            recorder.flush()
+            os._exit(1)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        assert len(own.events()) == 100 * (round_ + 1)
+    with Recorder(own.url, spool=tmp_path / "spool", interval=3600.0) as heir:
+        heir.start()
+        heir.flush()
+    assert list((tmp_path / "spool").glob("*")) == []
+    assert len(own.events()) == 200
+    assert counted(own, "day") == {"200 key_1": 200}
 
 
 def test_a_full_server_takes_a_part_whole_or_not_at_all(own: House) -> None:
