@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from papaours_auth import Identity, Keys, PepperRing, Reason
+from papaours_auth._fork import hold_across_fork
 from papaours_auth.asgi import PapaoursAuthMiddleware as ASGIMiddleware
 from papaours_auth.exceptions import ConfigurationError
 from papaours_auth.model import KeyInfo, MachineInfo
@@ -330,6 +332,62 @@ def test_a_child_begins_at_nothing_while_another_thread_renders() -> None:
     thread.join()
     assert {os.waitpid(child, 0)[1] for child in children} == {0}
     assert sum(prometheus(sink)["papaours_calls_total"].values()) == 6
+
+
+class Told:
+    """Something to hold across a fork, that tells when it was asked."""
+
+    def __init__(self, name: str, told: list[str]) -> None:
+        self._name, self._told = name, told
+
+    def before_fork(self) -> None:
+        self._told.append(f"hold {self._name}")
+
+    def after_fork(self, *, child: bool) -> None:
+        self._told.append(f"let {self._name} go")
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_pitfall_22_a_fork_holds_recorders_before_the_locks_their_sinks_need() -> None:
+    told: list[str] = []
+    sink, recorder = Told("sink", told), Told("recorder", told)
+    hold_across_fork(sink)
+    hold_across_fork(recorder, first=True)
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert told == ["hold recorder", "hold sink", "let sink go", "let recorder go"]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_pitfall_22_a_fork_does_not_wait_for_a_sink_that_waits_for_it() -> None:
+    """Each of many, so that whichever comes first in a set is met."""
+    recorders = [Recorder(PrometheusSink(), interval=3600.0) for _ in range(8)]
+    stop = threading.Event()
+
+    def busy(recorder: Recorder) -> None:
+        while not stop.is_set():
+            for _ in range(200):
+                recorder.done(Call(CALLER, "192.0.2.7", "GET"), Outcome.COMPLETED)
+            recorder.flush()
+
+    threads = [threading.Thread(target=busy, args=(recorder,)) for recorder in recorders]
+    for thread in threads:
+        thread.start()
+    began = time.monotonic()
+    for _ in range(5):
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+    took = time.monotonic() - began
+    stop.set()
+    for thread in threads:
+        thread.join()
+    for recorder in recorders:
+        recorder.close()
+    assert took < 9  # a recorder that cannot get its sink to end waits for 10 s
 
 
 RESULT = of(environment="prod", status="2xx", reason="", outcome="completed")

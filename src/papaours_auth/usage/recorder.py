@@ -82,7 +82,7 @@ class Recorder:
         self._interval = interval
         self._max_pending, self._max_spool, self._segment_bytes = max_pending, max_spool, segment_bytes
         self._reset()
-        hold_across_fork(self)
+        hold_across_fork(self, first=True)  # a sink under way needs its own locks to end
         atexit.register(_close, weakref.ref(self))
 
     def _reset(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -32,6 +33,7 @@ _STEPS: Final[Mapping[str, int]] = {"minute": 60, "hour": 3_600, "day": _DAY}
 _MARKS_KEPT: Final = 90 * _DAY
 _KEYS_KEPT: Final = 3 * 365 * _DAY
 _LATEST: Final = 253_402_300_799 * _SECOND  # what a datetime can say, whatever a clock said
+_STRUCTURES: Final = ("producers", "producers:at", "events", "keys", "keys:last")
 _HERE: Final = 0  # the one partition there is
 
 _Count: TypeAlias = tuple[str, int, int, str]  # hash, start and seconds kept, field
@@ -87,21 +89,15 @@ class RedisSink:
         """Store a part of a batch. Gives how much of it is stored by now, -1 where a later one is."""
         events = [item for item in items if isinstance(item, Event)]
         counts = self._counts(events, [item for item in items if isinstance(item, Refusals)])
-        hashes = list(dict.fromkeys(name for name, *_ in counts))
-        structures = ("producers", "producers:at", "events", "keys", "keys:last")
-        names = [*map(self._layout.name, structures), *hashes]
-        words: list[Word] = [batch.producer, batch.sequence, place, len(items), *self._bounds]
-        words += [len(Event._fields), *Event._fields, len(events)]
-        for event in events:
-            words += event
+        names = [*map(self._layout.name, _STRUCTURES), *dict.fromkeys(name for name, *_ in counts)]
         places = {name: number for number, name in enumerate(names, 1)}
-        words.append(len(counts))
-        for (name, start, kept, field), calls in counts.items():
-            words += (places[name], start, kept, field, calls)
-        keys = _keys(events)
-        words.append(len(keys))
-        for key, (machine, first, last, calls) in keys.items():
-            words += (key, machine, first, last, calls)
+        words: list[Word] = [batch.producer, batch.sequence, place, len(items), *self._bounds]
+        words += [len(Event._fields), *Event._fields]
+        words += _rows(events)
+        words += _rows(
+            [(places[name], start, kept, field, n) for (name, start, kept, field), n in counts.items()]
+        )
+        words += _rows([(key, *use) for key, use in _keys(events).items()])
         command: Command = ("EVALSHA", _SCRIPT, len(names), *names, *words)
         (reply,) = yield from self._layout.router.run(_HERE, command, write=True)
         return int(reply)
@@ -118,6 +114,10 @@ class RedisSink:
             name = self._layout.name(f"refusals:{start}")
             counts[name, start, kept, f"{refused.reason} {refused.network}"] += refused.calls
         return counts
+
+
+def _rows(rows: Sequence[Sequence[Word]]) -> list[Word]:
+    return [len(rows), *chain.from_iterable(rows)]
 
 
 def _keys(events: Sequence[Event]) -> dict[str, tuple[str, int, int, int]]:
