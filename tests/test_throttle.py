@@ -639,6 +639,7 @@ def test_a_password_is_never_seen(caplog: pytest.LogCaptureFixture) -> None:
     [
         {"limit": "often"},
         {"limit": "0/minute"},
+        {"limit": "1/second; 30/minute"},
         {"max_networks": 0},
         {"storage": "memcached://hunter2@host"},
         {"storage": "redis+cluster://hunter2@host"},

@@ -13,7 +13,7 @@ from .cache import Clock
 from .exceptions import ConfigurationError
 
 try:
-    from limits import RateLimitItem, parse
+    from limits import RateLimitItem, parse_many
     from limits.storage import RedisStorage, Storage
     from limits.strategies import FixedWindowRateLimiter
 except ImportError as error:
@@ -48,7 +48,7 @@ class Limiter:
 def open_limiter(limit: str, storage: str, clock: Clock, lock: threading.Lock) -> Limiter:
     """Open a limit such as ``"30/minute"`` over a storage. Raises `ConfigurationError`, which quotes no URL."""
     try:
-        item = parse(limit)
+        (item,) = parse_many(limit)  # which `parse` would take the first of
     except ValueError:
         raise ConfigurationError("a throttle's limit is written '30/minute' or '100 per 5 minutes'") from None
     if item.amount < 1:
