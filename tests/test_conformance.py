@@ -28,6 +28,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from conftest import ManualClock
 from papaours_auth import (
     AsyncAuthenticator,
     Authenticator,
@@ -44,6 +45,7 @@ from papaours_auth.asgi import respond as asgi_respond
 from papaours_auth.fastapi import PapaoursAuth
 from papaours_auth.starlette import exception_handlers
 from papaours_auth.stores.memory import AsyncMemoryStore, MemoryStore
+from papaours_auth.throttle import Throttle
 from papaours_auth.verify import Claim
 from papaours_auth.wsgi import PapaoursAuthMiddleware as WSGIMiddleware
 from papaours_auth.wsgi import identity_of as wsgi_identity
@@ -501,6 +503,25 @@ def test_an_integration_answers_as_the_table_says(name: str, row: Row, estate: E
 @pytest.mark.parametrize("row", [row for row in ROWS if row.code], ids=lambda row: row.what)
 def test_a_refusal_is_the_same_to_the_letter_everywhere(row: Row, estate: Estate) -> None:
     answers = {name: call(estate, row) for name, call in INTEGRATIONS.items()}
+    assert all(answer == answers["asgi"] for answer in answers.values()), answers
+
+
+def test_a_throttled_network_is_answered_alike_everywhere_and_a_valid_key_comes_in(
+    estate: Estate, clock: ManualClock
+) -> None:
+    answers = {}
+    for name, call in INTEGRATIONS.items():
+        options = {"throttle": Throttle("2/minute", clock=clock)}
+        bad = Row("a bad key", x_api_key("nonsense"), 401, options=options)
+        answers[name] = [call(estate, bad) for _ in range(3)]
+        assert call(estate, Row("a good key", bearer(GOOD), 200, options=options)).status == 200
+        assert call(estate, Row("no key", [], 401, options=options)).problem["code"] == "missing_key"
+        elsewhere = Row("another network", x_api_key("x"), 401, client="198.51.100.7", options=options)
+        assert call(estate, elsewhere).status == 401
+    assert [answer.status for answer in answers["asgi"]] == [401, 401, 429]
+    throttled = answers["asgi"][-1]
+    assert throttled.problem["code"] == "too_many_failures"
+    assert throttled.headers["retry-after"] == "60"
     assert all(answer == answers["asgi"] for answer in answers.values()), answers
 
 

@@ -316,7 +316,7 @@ def test_more_old_events_than_go_at_once_go_with_the_next_batches(
     assert rows(sink.path, "select time = 0, count(*) from usage_events group by 1").get(1) is None
 
 
-@pytest.mark.parametrize("url", ["redis://x", "sqlite:///", "sqlite:///:memory:", "usage.db"])
+@pytest.mark.parametrize("url", ["gopher://x", "sqlite:///", "sqlite:///:memory:", "usage.db"])
 def test_a_url_that_names_no_sink_stops_the_app(url: str) -> None:
     with pytest.raises(ConfigurationError):
         open_sink(url)

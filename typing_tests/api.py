@@ -21,6 +21,7 @@ from papaours_auth.asgi import Receive, Scope, Send
 from papaours_auth.asgi import identity_of as asgi_identity
 from papaours_auth.keys import NewKey
 from papaours_auth.stores import AsyncStore, Store
+from papaours_auth.throttle import Throttle
 from papaours_auth.wsgi import PapaoursAuthMiddleware as WSGIMiddleware
 
 
@@ -70,10 +71,13 @@ def identities(identity: Identity, refused: Refused) -> None:
     assert_type(identity.machine.organisation, str)
     assert_type(identity.allows("a:lecture", organisation="o"), bool)
     assert_type(refused.reason, Reason)
+    assert_type(refused.retry_after, int | None)
     identity.rights = frozenset()  # type: ignore[misc]  # frozen
 
 
 ASGIMiddleware(app, environment="prod", exempt=["/healthz"], trusted_proxies=["10.0.0.0/8"])
+ASGIMiddleware(app, environment="prod", throttle=Throttle("30/minute", storage="redis://…"))
+ASGIMiddleware(app, environment="prod", throttle=30)  # type: ignore[arg-type]  # 30 of what?
 ASGIMiddleware(app, environment="prod", exempts=[])  # type: ignore[call-arg]
 ASGIMiddleware(app, environment="prod", preflight="maybe")  # type: ignore[arg-type]
 WSGIMiddleware(app, environment="prod")  # type: ignore[arg-type]  # an ASGI app

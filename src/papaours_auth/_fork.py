@@ -1,7 +1,8 @@
 """What must be held still while the process forks.
 
 An object that `hold_across_fork` knows is asked to ``before_fork`` in the forking thread, which takes its lock
-and lets go of what must not cross; then, in parent and child, to ``after_fork``, which releases the lock.
+and lets go of what must not cross; then, in parent and child, to ``after_fork``, which releases the lock. Who waits
+for others' work to end, as a recorder does for its sink's, comes first: their locks must be free until then.
 """
 
 from __future__ import annotations
@@ -21,19 +22,20 @@ class Forker(Protocol):
         """Start anew in a child; release the lock."""
 
 
+_first: weakref.WeakSet[Forker] = weakref.WeakSet()
 _known: weakref.WeakSet[Forker] = weakref.WeakSet()
 _held: list[Forker] = []
 
 
-def hold_across_fork(forker: Forker) -> None:
-    """Remember an object for as long as somebody else does."""
-    _known.add(forker)
+def hold_across_fork(forker: Forker, *, first: bool = False) -> None:
+    """Remember an object for as long as somebody else does; ``first``: ask it before those that are not."""
+    (_first if first else _known).add(forker)
 
 
 def _all() -> list[Forker]:
     while True:
         try:
-            return list(_known)
+            return [*_first, *_known]
         except RuntimeError:  # another thread added one meanwhile
             continue
 

@@ -8,6 +8,7 @@ from typing import Final, Literal, TypedDict
 
 from .authenticator import Options
 from .exceptions import ConfigurationError
+from .throttle import Throttle
 from .usage import Recorder
 
 STORE_VARIABLE: Final = "PAPAOURS_STORE"
@@ -26,15 +27,20 @@ class GateOptions(TypedDict, total=False):
     trusted_proxies: Sequence[str]
 
 
-class MiddlewareOptions(GateOptions, Options):
+class MiddlewareOptions(GateOptions, Options, total=False):
     """Everything a middleware takes besides the app, the environment, the store or the authenticator."""
 
+    throttle: Throttle | str | None
 
-def split_options(options: MiddlewareOptions) -> tuple[GateOptions, Options]:
-    """Part the gate's options from the authenticator's."""
+
+def split_options(options: MiddlewareOptions) -> tuple[GateOptions, Options, Throttle | None]:
+    """Part the gate's options from the authenticator's and the throttle. Raises `ConfigurationError`."""
     gate: Mapping[str, object] = {k: v for k, v in options.items() if k in GateOptions.__annotations__}
-    rest: Mapping[str, object] = {k: v for k, v in options.items() if k not in gate}
-    return GateOptions(**gate), Options(**rest)  # type: ignore[typeddict-item]  # parted by name just above
+    rest: Mapping[str, object] = {k: v for k, v in options.items() if k not in gate and k != "throttle"}
+    throttle = options.get("throttle")
+    if isinstance(throttle, str):
+        throttle = Throttle(throttle)
+    return GateOptions(**gate), Options(**rest), throttle  # type: ignore[typeddict-item]  # parted by name just above
 
 
 def store_url() -> str:

@@ -49,7 +49,8 @@ class Guard:
     """Finds who calls an ASGI app: what the middleware and the integrations share.
 
     Give ``environment`` (and ``store``, else PAPAOURS_STORE names it) with any option of `Gate` and
-    `Authenticator`, or a ready ``authenticator`` with options of `Gate` alone. Raises `ConfigurationError` at once.
+    `Authenticator`, or a ready ``authenticator`` with options of `Gate` alone. With either, ``throttle`` may be a
+    `Throttle` or its limit, ``"30/minute"``; there is none by default. Raises `ConfigurationError` at once.
     ``usage``: where calls are recorded, a `Recorder` or a URL such as ``sqlite:///usage.db``; nowhere by default.
     """
 
@@ -62,7 +63,7 @@ class Guard:
         usage: Recorder | str | None = None,
         **options: Unpack[MiddlewareOptions],
     ) -> None:
-        gate, rest = split_options(options)
+        gate, rest, self.throttle = split_options(options)
         if authenticator is not None and (environment is not None or store is not None or rest):
             raise ConfigurationError("authenticator is ready: environment, store and its options go into it")
         self.gate = Gate(**gate)
@@ -103,7 +104,15 @@ class Guard:
         except Refused as refused:
             if self._passes(refused, scope):
                 return None
-            raise
+            judged = await self._judged(refused, scope)
+            if judged is refused:
+                raise
+            raise judged from refused
+
+    async def _judged(self, refused: Refused, scope: Scope) -> Refused:
+        if self.throttle is None:
+            return refused
+        return await self.throttle.ajudge(refused, self._client(scope))
 
     def _presented(self, scope: Scope) -> tuple[bytes, str | None]:
         """Give the key and the client's address, or raise `Refused`."""
@@ -231,7 +240,7 @@ class PapaoursAuthMiddleware(Guard):
             if self._passes(refused, scope):
                 await self._pass_anonymous(scope, receive, send)
             else:
-                await self._refuse(refused, scope, send)
+                await self._refuse(await self._judged(refused, scope), scope, send)
             return
         scope["papaours"] = scope["user"] = scope["auth"] = identity
         if self.recorder is None:

@@ -54,14 +54,23 @@ class Refused(PapaoursAuthError):
     """A request is not let in.
 
     ``known`` names the caller where the key was recognised (its digest matched), so that usage can be
-    attributed; it is never rendered. ``needs`` holds the rights that were asked for.
+    attributed; it is never rendered. ``needs`` holds the rights that were asked for, ``retry_after`` the seconds
+    after which to try again, where they are known.
     """
 
-    def __init__(self, reason: Reason, *, known: Identity | None = None, needs: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        reason: Reason,
+        *,
+        known: Identity | None = None,
+        needs: tuple[str, ...] = (),
+        retry_after: int | None = None,
+    ) -> None:
         super().__init__(reason.value)
         self.reason = reason
         self.known = known
         self.needs = needs
+        self.retry_after = retry_after
 
 
 class UnreadableRecord(StoreUnavailable):

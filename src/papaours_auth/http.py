@@ -21,7 +21,7 @@ from .model import Address, Network, parse_address
 
 _REALM: Final = "papaours"
 RETRY_AFTER: Final = 5
-"""Seconds after which a client should try again (RFC 9110 section 10.2.3)."""
+"""Seconds after which a client should try again where nothing tells better (RFC 9110 section 10.2.3)."""
 _TYPE: Final = "tag:papaours.fr,2026:problem/"  # RFC 9457 section 3.1.1: a URI that need not be fetched
 
 
@@ -136,11 +136,13 @@ def status_of(reason: Reason) -> int:
 
 def render(refused: Refused, *, accept_language: str = "") -> Answer:
     """Turn a refusal into its answer: a problem document (RFC 9457) in English or French. Quotes no input."""
-    return _render(refused.reason, refused.needs, language(accept_language))
+    return _render(
+        refused.reason, refused.needs, language(accept_language), refused.retry_after or RETRY_AFTER
+    )
 
 
 @lru_cache(maxsize=256)
-def _render(reason: Reason, needs: tuple[str, ...], tongue: Language) -> Answer:
+def _render(reason: Reason, needs: tuple[str, ...], tongue: Language, retry_after: int) -> Answer:
     row = _TABLE[reason]
     title, detail = row.french if tongue == "fr" else row.english
     body = json.dumps(
@@ -157,7 +159,7 @@ def _render(reason: Reason, needs: tuple[str, ...], tongue: Language) -> Answer:
     if row.status == 401 or row.error is not None:
         headers.append(("WWW-Authenticate", _challenge(row.error, needs)))
     if row.status in (429, 503):
-        headers.append(("Retry-After", str(RETRY_AFTER)))
+        headers.append(("Retry-After", str(retry_after)))
     return Answer(row.status, tuple(headers), body)
 
 

@@ -45,7 +45,7 @@ class Guard:
         authenticator: Authenticator | None = None,
         **options: Unpack[MiddlewareOptions],
     ) -> None:
-        gate, rest = split_options(options)
+        gate, rest, self.throttle = split_options(options)
         if authenticator is not None and (environment is not None or store is not None or rest):
             raise ConfigurationError("authenticator is ready: environment, store and its options go into it")
         self.gate = Gate(**gate)
@@ -66,7 +66,12 @@ class Guard:
         except Refused as refused:
             if self._passes(refused, environ):
                 return None
-            raise
+            judged = refused
+            if self.throttle is not None:
+                judged = self.throttle.judge(refused, self._client(environ))
+            if judged is refused:
+                raise
+            raise judged from refused
 
     def _presented(self, environ: WSGIEnvironment) -> tuple[bytes, str | None]:
         """Give the key and the client's address, or raise `Refused`."""

@@ -111,6 +111,12 @@ def run_wsgi(app: Any, environ: dict[str, Any]) -> tuple[str, dict[str, str], by
         started.append((status, headers))
         return bytes
 
-    body = b"".join(app(environ, start_response))
+    result = app(environ, start_response)
+    try:
+        body = b"".join(result)
+    finally:
+        close = getattr(result, "close", None)  # PEP 3333: as servers do
+        if close is not None:
+            close()
     status, headers = started[-1]
     return status, {name.lower(): value for name, value in headers}, body

@@ -7,13 +7,14 @@ import socket
 import threading
 from typing import Literal, Self
 
-Mode = Literal["pass", "blackhole", "refuse", "half-close"]
+Mode = Literal["pass", "blackhole", "mute", "refuse", "half-close"]
 
 
 class Proxy:
     """Forwards to a port of the loopback. One thread serves all connections.
 
     ``"blackhole"`` swallows whatever comes, in both directions, and accepts new connections all the same;
+    ``"mute"`` hands requests on and swallows the answers: what was asked for is done, and nobody is told;
     ``"refuse"`` ends what is open and what comes; ``"half-close"`` ends the sending side of each open connection.
     """
 
@@ -22,6 +23,7 @@ class Proxy:
         self._mode: Mode = "pass"
         self._selector = selectors.DefaultSelector()
         self._peers: dict[socket.socket, socket.socket] = {}
+        self._servers: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._orders, self._commands = socket.socketpair()
@@ -82,6 +84,7 @@ class Proxy:
         except OSError:
             client.close()
             return
+        self._servers.add(server)
         for end, other in ((client, server), (server, client)):
             self._peers[end] = other
             self._selector.register(end, selectors.EVENT_READ)
@@ -93,7 +96,7 @@ class Proxy:
             data = b""
         if not data:
             self._drop(source)
-        elif self._mode == "pass":
+        elif self._mode == "pass" or (self._mode == "mute" and source not in self._servers):
             try:
                 self._peers[source].sendall(data)
             except OSError:
@@ -102,5 +105,6 @@ class Proxy:
     def _drop(self, end: socket.socket) -> None:
         for each in (end, self._peers.get(end)):
             if each is not None and self._peers.pop(each, None) is not None:
+                self._servers.discard(each)
                 self._selector.unregister(each)
                 each.close()

@@ -233,7 +233,12 @@ _SOURCES: Final[dict[Word, str]] = {}
 
 def script(name: str) -> str:
     """Read a script beside this file and give the SHA-1 by which servers know it."""
-    source = Path(__file__).with_name(f"redis_{name}.lua").read_text(encoding="utf-8")
+    return known(Path(__file__).with_name(f"redis_{name}.lua"))
+
+
+def known(path: Path) -> str:
+    """Read a script and give the SHA-1 by which servers know it."""
+    source = path.read_text(encoding="utf-8")
     digest = sha1(source.encode(), usedforsecurity=False).hexdigest()
     _SOURCES[digest] = source
     return digest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .event import Call, Event, Outcome, Refusals
 from .recorder import Health, Recorder, Stats
-from .sinks import Batch, CallableSink, Sink, open_sink
+from .sinks import Batch, CallableSink, Sink, Tee, open_sink
 
 __all__ = [
     "Batch",
@@ -17,5 +17,6 @@ __all__ = [
     "Refusals",
     "Sink",
     "Stats",
+    "Tee",
     "open_sink",
 ]

@@ -103,7 +103,7 @@ class Recorder:
         if self._spool is not None:
             check_folder(self._spool.folder)
         self._begin()
-        hold_across_fork(self)
+        hold_across_fork(self, first=True)  # a sink under way needs its own locks to end
 
     def _begin(self) -> None:
         """Begin as a producer of our own: when made, in a child, and after `close`."""

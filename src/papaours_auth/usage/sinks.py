@@ -1,11 +1,11 @@
-"""Where batches go: the protocol, and a sink that is any callable. SQLite has its own file."""
+"""Where batches go: the protocol, sinks made of a function or of other sinks, and URLs. The others have files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 from urllib.parse import unquote
 
 from ..exceptions import ConfigurationError
@@ -49,11 +49,55 @@ class CallableSink:
         self._function(batch)
 
 
+class Tee:
+    """Hands each batch to several sinks in turn: the one that keeps events first, those that count them last.
+
+    Where one raises, those after it do not see the batch, and it comes again to all: the sinks before it must
+    know it again, as those that are exactly once do.
+    """
+
+    def __init__(self, *sinks: Sink) -> None:
+        self._sinks = sinks
+
+    def write(self, batch: Batch) -> None:
+        """See `Sink`."""
+        for sink in self._sinks:
+            sink.write(batch)
+
+
 def open_sink(url: str) -> Sink:
-    """Open ``sqlite:///usage.db``. Raises `ConfigurationError`."""
+    """Open ``sqlite:///usage.db``, or ``redis://…`` (`papaours_auth.usage.redis`). Raises `ConfigurationError`."""
+    scheme, found, _ = url.partition("://")
+    opener = _OPENERS.get(scheme) if found else None
+    if opener is None:
+        raise ConfigurationError(
+            f"usage goes to a URL that begins with {', '.join(sorted(_OPENERS))}, or to a Sink of yours"
+        )
+    return opener(url)
+
+
+# Importing us loads no driver: each opener loads its own.
+
+
+def _open_sqlite(url: str) -> Sink:
     path = unquote(url.removeprefix("sqlite:///"))
     if not url.startswith("sqlite:///") or not path or "?" in path or "\0" in path or path == ":memory:":
         raise ConfigurationError("usage goes to an SQLite file (sqlite:///usage.db), or to a Sink of yours")
-    from .sqlite import SQLiteSink  # importing us loads no driver
+    from .sqlite import SQLiteSink
 
     return SQLiteSink(Path(path))
+
+
+def _open_redis(url: str) -> Sink:
+    from .redis import RedisSink
+
+    return RedisSink(url)
+
+
+_OPENERS: Final[Mapping[str, Callable[[str], Sink]]] = {
+    "sqlite": _open_sqlite,
+    "redis": _open_redis,
+    "rediss": _open_redis,
+    "redis+cluster": _open_redis,
+    "redis+sentinel": _open_redis,
+}
