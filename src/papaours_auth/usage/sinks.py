@@ -1,15 +1,17 @@
-"""Where batches go: the protocol, and a sink that is any callable. SQLite has its own file."""
+"""Where batches go: the protocol, and a sink that is any callable. Databases have files of their own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 from urllib.parse import unquote
 
 from ..exceptions import ConfigurationError
 from .event import Event, Refusals
+
+_SQL: Final = ("postgresql", "mysql", "mariadb", "sqlalchemy+sqlite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +52,29 @@ class CallableSink:
 
 
 def open_sink(url: str) -> Sink:
-    """Open ``sqlite:///usage.db``. Raises `ConfigurationError`."""
+    """Open ``sqlite:///usage.db``, ``postgresql://``, ``mysql://``, ``mariadb://`` or ``sqlalchemy+sqlite://``.
+
+    Raises `ConfigurationError`. Importing us loads no driver; this does.
+    """
+    if is_sql(url):
+        from .sql import open_sink as open_sql_sink
+
+        return open_sql_sink(url)
+    from .sqlite import SQLiteSink
+
+    return SQLiteSink(file_of(url))
+
+
+def is_sql(url: str) -> bool:
+    """Tell whether a URL is one for SQLAlchemy."""
+    return url.partition("://")[0] in _SQL
+
+
+def file_of(url: str) -> Path:
+    """Give the file an ``sqlite:///`` URL names. Raises `ConfigurationError`."""
     path = unquote(url.removeprefix("sqlite:///"))
     if not url.startswith("sqlite:///") or not path or "?" in path or "\0" in path or path == ":memory:":
-        raise ConfigurationError("usage goes to an SQLite file (sqlite:///usage.db), or to a Sink of yours")
-    from .sqlite import SQLiteSink  # importing us loads no driver
-
-    return SQLiteSink(Path(path))
+        raise ConfigurationError(
+            "usage goes to an SQLite file (sqlite:///usage.db), PostgreSQL, MySQL or MariaDB, or a Sink of yours"
+        )
+    return Path(path)

@@ -1,0 +1,130 @@
+"""What is added up of a batch, and for how long what is kept: the same for every database.
+
+All of it is bounded. In an hour a key has at most `MOST_DISTINCT` routes and as many addresses of its own, the
+rest are one row, `OTHER`: whoever calls a new path with each request fills no disk.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Final, Literal, NamedTuple, TypeAlias
+
+from .event import Event, Refusals
+
+SECOND: Final = 1_000_000
+"""All times are µs since 1970."""
+HOUR: Final = 3600 * SECOND
+DAY: Final = 24 * HOUR
+STEPS: Final[Mapping[Step, int]] = {"minute": 60 * SECOND, "hour": HOUR, "day": DAY}
+OTHER: Final = "other"
+MOST_DISTINCT: Final = 200
+MOST_NETWORKS: Final = 1_000
+"""Networks with refusals that a minute has of its own, for each reason."""
+LONGEST: Final = 90 * DAY
+"""How long a producer's last sequence is remembered: a spool found later may be delivered twice."""
+
+Step: TypeAlias = Literal["minute", "hour", "day"]
+Column: TypeAlias = Literal["route", "address"]
+
+
+class Retention(NamedTuple):
+    """For how many days each thing is kept. Counts by route and address are kept as long as hours are."""
+
+    events: float = 30
+    minute: float = 2
+    hour: float = 90
+    day: float = 3 * 365
+
+
+class Tally(NamedTuple):
+    """How many calls, and when the last of them was."""
+
+    calls: int
+    last: int
+
+    def and_also(self, other: Tally) -> Tally:
+        """Put two together."""
+        return Tally(self.calls + other.calls, max(self.last, other.last))
+
+
+class Expired(NamedTuple):
+    """Rows of a table that are too old: those whose ``column`` is below ``oldest``."""
+
+    table: str
+    column: str
+    oldest: int
+    step: Step | None = None
+
+
+def expired(retention: Retention, now: int) -> list[Expired]:
+    """Name what is to be forgotten at a moment."""
+
+    def before(days: float) -> int:
+        return now - int(days * DAY)
+
+    return [
+        Expired("usage_events", "time", before(retention.events)),
+        *(Expired("usage_series", "start", before(getattr(retention, step)), step) for step in STEPS),
+        Expired("usage_routes", "start", before(retention.hour)),
+        Expired("usage_addresses", "start", before(retention.hour)),
+        Expired("usage_refusals", "minute", now - LONGEST),
+        Expired("usage_batches", "at", now - LONGEST),
+    ]
+
+
+def series(events: Iterable[Event]) -> list[tuple[Step, int, str, int, int]]:
+    """Count by step, its start, key and status."""
+    width = STEPS["minute"]
+    counted = Counter((event.time // width, event.key_id, event.status) for event in events)
+    sums: Counter[tuple[Step, int, str, int]] = Counter()
+    for (minute, key, status), calls in counted.items():
+        for step, longer in STEPS.items():
+            sums[(step, minute * width // longer * longer, key, status)] += calls
+    return sorted((*entry, calls) for entry, calls in sums.items())
+
+
+def keys(events: Iterable[Event]) -> list[tuple[str, str, int, int, int]]:
+    """Give each key's machine, first and last call, and how many there were."""
+    seen: dict[str, tuple[str, int, int, int]] = {}
+    for event in events:
+        machine, first, last, calls = seen.get(event.key_id, (event.machine_id, event.time, event.time, 0))
+        seen[event.key_id] = (machine, min(first, event.time), max(last, event.time), calls + 1)
+    return sorted((key, *values) for key, values in seen.items())
+
+
+def by_hour(events: Sequence[Event], column: Column) -> dict[tuple[str, int], dict[str, Tally]]:
+    """Tally a column's values, for each key and hour."""
+    place = Event._fields.index(column)
+    entries = [((event.key_id, event.time // HOUR), event[place], event.time) for event in events]
+    entries.sort(key=lambda entry: entry[2])  # so that the last one written below is the latest
+    last = {(hour, value): time for hour, value, time in entries}
+    tallies: dict[tuple[str, int], dict[str, Tally]] = {}
+    for (hour, value), calls in Counter((hour, value) for hour, value, _ in entries).items():
+        tallies.setdefault((hour[0], hour[1] * HOUR), {})[str(value)] = Tally(calls, last[(hour, value)])
+    return dict(sorted(tallies.items()))
+
+
+def by_minute(refusals: Iterable[Refusals]) -> dict[tuple[int, str], dict[str, Tally]]:
+    """Tally the networks of refusals, for each minute and reason."""
+    tallies: dict[tuple[int, str], dict[str, Tally]] = {}
+    for entry in refusals:
+        found = tallies.setdefault((entry.minute, entry.reason), {})
+        one = Tally(entry.calls, entry.minute)
+        found[entry.network] = one.and_also(found.get(entry.network, Tally(0, 0)))
+    return dict(sorted(tallies.items()))
+
+
+def capped(
+    values: Mapping[str, Tally], known: AbstractSet[str], most: int = MOST_DISTINCT
+) -> dict[str, Tally]:
+    """Keep values that have a row (``known``), and new ones, the most called first, while there is room."""
+    room = most - len(known - {OTHER})
+    kept: dict[str, Tally] = {}
+    for value, tally in sorted(values.items(), key=lambda item: (-item[1].calls, item[0])):
+        if value not in known and value != OTHER:
+            room -= 1
+        name = value if value in known or room >= 0 else OTHER
+        kept[name] = kept[name].and_also(tally) if name in kept else tally
+    return dict(sorted(kept.items()))
