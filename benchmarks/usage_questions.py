@@ -74,9 +74,26 @@ def fill(result: Result, path: Path, count: int, begin: datetime, end: datetime)
     gc.enable()
     tenth = max(1, len(rates) // 10)
     for name, part in (("first", rates[:tenth]), ("last", rates[-tenth:])):
+        spread = min(part), max(part)
         result.add(
-            f"the sink, {name} tenth", statistics.median(part), "events/s", spread=(min(part), max(part))
+            f"a month's backlog into the sink, {name} tenth",
+            statistics.median(part),
+            "events/s",
+            spread=spread,
         )
+
+
+def rate(result: Result, name: str, path: Path, end: datetime, scale: float) -> None:
+    """Write as a busy service does: a batch holds what came within a second."""
+    sink, rates = SQLiteSink(path), []
+    seconds = max(2, int(20 * min(scale, 1)))
+    for sequence, events in enumerate(batches(seconds * BATCH, end - timedelta(seconds=seconds), end), 1):
+        since = time.perf_counter()
+        sink.write(Batch(f"rate {name}", sequence, events))
+        rates.append(len(events) / (time.perf_counter() - since))
+    middle, spread = statistics.median(rates), (min(rates), max(rates))
+    what = f"{BATCH:,} events of a second into {name}"
+    result.add(what, middle, "events/s", goal=50_000, at_most=False, spread=spread)
 
 
 def batches(count: int, begin: datetime, end: datetime) -> Iterator[list[Event]]:

@@ -20,7 +20,7 @@ EXAMINED: Final = 100_000
 MOST: Final = 10_000
 """Events on a page, at most."""
 _SAMPLE: Final = 20_000
-_LAST: Final = 1 << 62
+_LAST: Final = (1 << 63) - 1
 _COLUMNS: Final = (
     "event_id, time, key_id, machine_id, address, method, route, status, reason, outcome, service, "
     "environment, duration, request_id"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 from ..exceptions import InvalidInput
 from .sinks import file_of, is_sql
@@ -15,6 +15,8 @@ Cell: TypeAlias = str | int | None
 Row: TypeAlias = Sequence[Any]  # Any: a database's cells, whose types the tables fix
 Ask: TypeAlias = Callable[[str, Mapping[str, Cell]], Sequence[Row]]
 """Run a statement with ``:names`` in it, and give its rows."""
+
+_CALENDAR_END: Final = 253_402_300_799_999_999
 
 
 class Reader(Protocol):
@@ -47,6 +49,6 @@ def micro(moment: datetime) -> int:
 
 
 def moment(microseconds: int) -> datetime:
-    """Give the moment, in UTC."""
-    seconds, rest = divmod(int(microseconds), 1_000_000)
+    """Give the moment, in UTC; the calendar's last one for what a clock that was wrong has left beyond it."""
+    seconds, rest = divmod(min(int(microseconds), _CALENDAR_END), 1_000_000)
     return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest)

@@ -97,12 +97,15 @@ def keys(events: Iterable[Event]) -> list[tuple[str, str, int, int, int]]:
 def by_hour(events: Sequence[Event], column: Column) -> dict[tuple[str, int], dict[str, Tally]]:
     """Tally a column's values, for each key and hour."""
     place = Event._fields.index(column)
-    entries = [((event.key_id, event.time // HOUR), event[place], event.time) for event in events]
-    entries.sort(key=lambda entry: entry[2])  # so that the last one written below is the latest
-    last = {(hour, value): time for hour, value, time in entries}
+    ordered = sorted(events, key=lambda event: event.time)
+    entries = [(event.key_id, event.time // HOUR, str(event[place])) for event in ordered]
+    last = dict(
+        zip(entries, (event.time for event in ordered), strict=True)
+    )  # of equal entries the latest stays
     tallies: dict[tuple[str, int], dict[str, Tally]] = {}
-    for (hour, value), calls in Counter((hour, value) for hour, value, _ in entries).items():
-        tallies.setdefault((hour[0], hour[1] * HOUR), {})[str(value)] = Tally(calls, last[(hour, value)])
+    for entry, calls in Counter(entries).items():
+        key, hour, value = entry
+        tallies.setdefault((key, hour * HOUR), {})[value] = Tally(calls, last[entry])
     return dict(sorted(tallies.items()))
 
 

@@ -37,7 +37,7 @@ from .event import Event
 from .reader import Ask, Cell, Row
 from .rollup import MOST_NETWORKS, Column, Expired, Retention
 from .sinks import Batch
-from .sql_tables import UsageTables, prepare
+from .sql_tables import UsageTables, check_version, prepare
 
 __all__ = ["SQLReader", "SQLSink", "UsageTables", "open_reader", "open_sink"]
 
@@ -62,13 +62,17 @@ _Cells = Mapping[str, Cell]
 def open_sink(url: str) -> SQLSink:
     """Open a URL. Nothing is asked of the server: the first batch makes the tables."""
     place = read_url(url)
-    return SQLSink(place.engine(reading=False), prefix=place.tables.prefix, schema=place.tables.schema)
+    sink = SQLSink(place.engine(reading=False), prefix=place.tables.prefix, schema=place.tables.schema)
+    sink.owned = True
+    return sink
 
 
 def open_reader(url: str) -> SQLReader:
     """Open a URL for questions."""
     place = _patient(read_url(url), url)
-    return SQLReader(place.engine(reading=False), prefix=place.tables.prefix, schema=place.tables.schema)
+    reader = SQLReader(place.engine(reading=False), prefix=place.tables.prefix, schema=place.tables.schema)
+    reader.owned = True
+    return reader
 
 
 def _patient(place: Place, url: str) -> Place:
@@ -80,6 +84,8 @@ class SQLSink:
 
     Raises `ConfigurationError` for a database that was not tried.
     """
+
+    owned = False
 
     def __init__(
         self,
@@ -142,9 +148,15 @@ class SQLSink:
         if child:
             _leave(self._engine)
 
+    def __del__(self) -> None:
+        if self.owned:  # nobody else can close what a URL opened
+            self._engine.dispose()
+
 
 class SQLReader:
-    """Reads the tables of an `SQLSink`; changes nothing in them."""
+    """Reads the tables of an `SQLSink`; changes nothing in them. The engine stays the caller's to close."""
+
+    owned = False
 
     def __init__(self, engine: Engine, *, prefix: str = DEFAULT_PREFIX, schema: str | None = None) -> None:
         self._tables = UsageTables(prefix, schema)
@@ -157,9 +169,7 @@ class SQLReader:
     def snapshot(self) -> Iterator[Ask]:
         """See `Reader.snapshot`."""
         try:
-            with self._reads.connect() as connection:
-                if connection.dialect.name == "sqlite":
-                    connection.exec_driver_sql("begin")  # its driver begins at the first write alone
+            with self._begun() as connection:
 
                 def ask(statement: str, values: _Cells) -> Sequence[Row]:
                     return connection.execute(text(statement), values).all()
@@ -170,6 +180,26 @@ class SQLReader:
                 "the usage tables cannot be read: has anything been recorded in them, and does the server answer?"
             ) from error
 
+    def _begun(self) -> Connection:
+        """Begin a snapshot; once more where the connection had died in the pool, as one learns by using it."""
+        try:
+            return self._begin()
+        except DBAPIError as error:
+            if not error.connection_invalidated:
+                raise
+        return self._begin()
+
+    def _begin(self) -> Connection:
+        connection = self._reads.connect()
+        try:
+            if connection.dialect.name == "sqlite":
+                connection.exec_driver_sql("begin")  # its driver begins at the first write alone
+            check_version(connection, self._tables)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
     def before_fork(self) -> None:
         """Do nothing: the parent's connections stay the parent's."""
 
@@ -177,6 +207,10 @@ class SQLReader:
         """Start with new connections in a child."""
         if child:
             _leave(self._engine)
+
+    def __del__(self) -> None:
+        if self.owned:  # nobody else can close what a URL opened
+            self._engine.dispose()
 
 
 _abandoned: list[object] = []  # never closed: that would be using the parent's connections

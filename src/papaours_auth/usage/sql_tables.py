@@ -144,11 +144,16 @@ def prepare(connection: Connection, tables: UsageTables) -> None:
     """Make what is missing, safely with others doing the same. The caller commits. Raises `ConfigurationError`."""
     with _alone(connection):
         tables.metadata.create_all(connection)
-        found = connection.scalar(select(func.max(tables.version.c.version)))
-        if found is None:
+        if check_version(connection, tables) is None:
             connection.execute(insert(tables.version).values(version=VERSION))
-        elif found > VERSION:
-            raise newer()
+
+
+def check_version(connection: Connection, tables: UsageTables) -> int | None:
+    """Read which version made the tables; None where none has yet. Raises `ConfigurationError` for a newer one."""
+    found: int | None = connection.scalar(select(func.max(tables.version.c.version)))
+    if found is not None and found > VERSION:
+        raise newer()
+    return found
 
 
 @contextmanager
