@@ -20,7 +20,6 @@ from papaours_auth.usage import Batch, Call, Event, Outcome, Recorder, Sink, ope
 from papaours_auth.usage.history import Page
 from papaours_auth.usage.questions import AsyncUsage, Count, Usage, rotations
 from papaours_auth.usage.reader import Ask, Cell, Row, micro, moment, open_reader
-from papaours_auth.usage.rollup import DAY, HOUR
 from papaours_auth.usage.sqlite import SQLiteReader, SQLiteSink
 from support.servers import wait_until
 from support.sql_servers import SQLServer
@@ -102,7 +101,7 @@ def test_calls_are_counted_by_route_address_and_time(usage: Usage) -> None:
     assert usage.by_route("new", HOUR_AGO, limit=1) == [Count("/a", 2, NOON - 8 * MINUTE)]
     assert counted(usage.by_address("new", HOUR_AGO)) == [("192.0.2.1", 2), ("192.0.2.2", 1)]
     assert counted(usage.by_route(machine_id="m-1")) == [("/a", 3), ("/b", 1)]
-    assert usage.by_route(machine_id="absent") == usage.by_route("new", until=HOUR_AGO) == []
+    assert usage.by_route(machine_id="absent") == usage.by_route("new", until=NOON - timedelta(days=2)) == []
     assert [calls for _, calls in usage.series("new", "minute", HOUR_AGO)] == [1, 2]
     assert usage.series("new", "hour", HOUR_AGO) == [(NOON - timedelta(hours=1), 3)]
     assert [calls for _, calls in usage.series(step="day", machine_id="m-1")] == [4]
@@ -142,6 +141,24 @@ def test_who_still_uses_a_key_after_its_rotation(place: Place) -> None:
     ]
     assert place.usage.still_used("old", NOON + 141 * MINUTE) is None
     assert place.usage.still_used("never", rotated) is None
+
+
+def test_beyond_a_week_days_are_counted_whole(place: Place) -> None:
+    long_ago = NOON - timedelta(days=20)
+    place.write(
+        event(long_ago - timedelta(hours=2), address="192.0.2.1"),
+        event(long_ago - timedelta(hours=1), address="192.0.2.2"),
+        event(long_ago + timedelta(hours=1), address="192.0.2.2"),
+        event(NOON, address="192.0.2.3"),
+    )
+    wanted = [("192.0.2.2", 2), ("192.0.2.3", 1)]
+    assert counted(place.usage.by_address("new", long_ago)) == wanted
+    assert counted(place.usage.by_address("new", long_ago, long_ago + timedelta(days=2))) == [
+        ("192.0.2.2", 1)
+    ]
+    found = place.usage.still_used("new", long_ago)
+    assert found is not None
+    assert counted(found.addresses) == wanted
 
 
 def test_a_rotation_is_the_first_key_that_replaces_another() -> None:
@@ -423,4 +440,3 @@ def test_every_question_has_its_twin() -> None:
         return {name for name in vars(of) if not name.startswith("_")}
 
     assert names(AsyncUsage) == names(Usage)
-    assert HOUR * 24 == DAY

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from typing import Final
 
 from ..exceptions import ConfigurationError
-from .rollup import HOUR
+from .rollup import MOST_DISTINCT, STEPS
 
 VERSION: Final = 2
 IDENTITY: Final = {
     "usage_events": "id",
     "usage_series": "key_id, step, start, status",
-    "usage_routes": "key_id, start, route",
-    "usage_addresses": "key_id, start, address",
+    "usage_routes": "key_id, step, start, route",
+    "usage_addresses": "key_id, step, start, address",
     "usage_refusals": "minute, reason, network",
     "usage_batches": "producer",
 }
@@ -43,25 +43,34 @@ create index if not exists usage_events_status on usage_events(status, time);
 create table if not exists usage_series(step text not null, start integer not null, key_id text not null,
   status integer not null, calls integer not null, primary key(key_id, step, start, status)) strict, without rowid;
 create index if not exists usage_series_start on usage_series(step, start);
-create table if not exists usage_routes(key_id text not null, start integer not null, route text not null,
-  calls integer not null, last integer not null, primary key(key_id, start, route)) strict, without rowid;
-create index if not exists usage_routes_start on usage_routes(start);
-create table if not exists usage_addresses(key_id text not null, start integer not null, address text not null,
-  calls integer not null, last integer not null, primary key(key_id, start, address)) strict, without rowid;
-create index if not exists usage_addresses_start on usage_addresses(start);
+create table if not exists usage_routes(key_id text not null, step text not null, start integer not null,
+  route text not null, calls integer not null, last integer not null, primary key(key_id, step, start, route))
+  strict, without rowid;
+create index if not exists usage_routes_start on usage_routes(step, start);
+create table if not exists usage_addresses(key_id text not null, step text not null, start integer not null,
+  address text not null, calls integer not null, last integer not null, primary key(key_id, step, start, address))
+  strict, without rowid;
+create index if not exists usage_addresses_start on usage_addresses(step, start);
 create table if not exists usage_keys(key_id text primary key, machine_id text not null, first integer not null,
   last integer not null, calls integer not null) strict, without rowid;
 create table if not exists usage_refusals(minute integer not null, reason text not null, network text not null,
   count integer not null, primary key(minute, reason, network)) strict, without rowid
 """
-_MOVED: Final = f"""
-insert into usage_series select step, start, key_id, status, calls from usage_series_1;
-drop table usage_series_1;
-insert into usage_routes select key_id, time / {HOUR} * {HOUR}, route, count(*), max(time)
-  from usage_events group by 1, 2, 3;
-insert into usage_addresses select key_id, time / {HOUR} * {HOUR}, address, count(*), max(time)
-  from usage_events group by 1, 2, 3
-"""  # noqa: S608 - a number
+_COUNTED: Final = """
+insert into usage_{table} select key_id, '{step}', time / {width} * {width}, {column}, count(*), max(time)
+  from usage_events group by 1, 3, 4
+"""
+_MOVED: Final = ";".join(
+    [
+        "insert into usage_series select step, start, key_id, status, calls from usage_series_1",
+        "drop table usage_series_1",
+        *(
+            _COUNTED.format(table=table, column=column, step=step, width=STEPS[step])
+            for table, column in (("routes", "route"), ("addresses", "address"))
+            for step in MOST_DISTINCT
+        ),
+    ]
+)
 
 
 def prepare(connection: sqlite3.Connection) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,12 +15,13 @@ from ..exceptions import InvalidInput
 from ..model import Key
 from .history import Page, Wanted, position, read_page
 from .reader import Ask, Cell, Reader, Row, micro, moment, open_reader
-from .rollup import DAY, HOUR, STEPS, Column, Step
+from .rollup import DAY, STEPS, Column, Counted, Step
 
 __all__ = ["AsyncUsage", "Count", "LastUse", "Page", "Report", "StillUsed", "Usage", "rotations"]
 
 _EVER: Final = 0
 _NEVER: Final = 1 << 62
+_WEEK: Final = 7 * DAY
 _KEY: Final = "key_id, machine_id, first, last, calls"
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -36,7 +38,7 @@ class LastUse(NamedTuple):
 
 
 class Count(NamedTuple):
-    """How many calls a route or an address had, and when the last was. "other": those beyond 200 in an hour."""
+    """How many calls a route or an address had, and when the last was. "other": those beyond the bound."""
 
     of: str
     calls: int
@@ -74,8 +76,10 @@ class Usage:
     A call shows in all answers at most twice the recorder's interval after it ended (1 s by default), and the
     time the sink takes to write its batch; until then, and while the sink is away, in none. Times are exact.
 
-    Counts by route and address are kept by the hour, in UTC: the hours of ``since`` and ``until`` are counted
-    whole. Raises `StoreUnavailable` where the tables cannot be read, `InvalidInput` for a time without its zone.
+    Counts by route and address are by whole hours (UTC) up to a week, by whole days beyond it: those of ``since``
+    and ``until`` are counted whole, but nothing is listed whose last call was before ``since``.
+
+    Raises `StoreUnavailable` where the tables cannot be read, `InvalidInput` for a time without its zone.
     """
 
     def __init__(self, source: Path | str | Reader) -> None:
@@ -111,7 +115,7 @@ class Usage:
     ) -> Page:
         """List events, the newest first, a page at a time: the next one is below ``cursor``, the page's own.
 
-        From ``since``, and before ``until``. No page looks at more than 100,000 events, so one may be short.
+        From ``since``, and before ``until``. No page looks at more than 50,000 events, so one may be short.
         """
         given: dict[str, Cell] = {
             "key_id": key_id, "machine_id": machine_id, "address": address, "route": route, "status": status,
@@ -173,19 +177,21 @@ class Usage:
         machine_id: str | None,
         limit: int,
     ) -> list[Count]:
-        span = _span(since, until, HOUR)
+        step = _fine_enough(since, until)
+        span = _span(since, until, STEPS[step])
         with self._asking() as query:
-            return query.counts(column, query.keys_of(key_id, machine_id), span, _since(since), limit)
+            return query.counts(column, query.keys_of(key_id, machine_id), step, span, _since(since), limit)
 
     def still_used(self, key_id: str, since: datetime, *, limit: int = 20) -> StillUsed | None:
         """Tell who still uses a key after its rotation at ``since`` (see `rotations`); None where nobody does."""
-        after, span = micro(since), _span(since, None, HOUR)
+        after, step = micro(since), _fine_enough(since, None)
+        span = _span(since, None, STEPS[step])
         with self._asking() as query:
             use = next(iter(query.keys("key_id = :key", {"key": key_id})), None)
             if use is None or micro(use.last) < after:
                 return None
-            addresses = query.counts("address", [key_id], span, after, _NEVER)
-            routes = query.counts("route", [key_id], span, after, limit)
+            addresses = query.counts("address", [key_id], step, span, after, _NEVER)
+            routes = query.counts("route", [key_id], step, span, after, limit)
         calls = sum(count.calls for count in addresses)
         return StillUsed(key_id, use.machine_id, since, use.last, calls, addresses[:limit], routes)
 
@@ -202,8 +208,8 @@ class Usage:
                 sum(statuses.values()),
                 uses,
                 statuses,
-                query.counts("route", keys, span, span.start, limit),
-                query.counts("address", keys, span, span.start, limit),
+                query.counts("route", keys, "day", span, span.start, limit),
+                query.counts("address", keys, "day", span, span.start, limit),
                 query.series(keys, "day", span),
             )
 
@@ -233,6 +239,12 @@ def _since(since: datetime | None) -> int:
 
 def _span(since: datetime | None, until: datetime | None, step: int) -> _Span:
     return _Span(_since(since) // step * step, _NEVER if until is None else micro(until))
+
+
+def _fine_enough(since: datetime | None, until: datetime | None) -> Counted:
+    """Choose hours for a week, days for more: a month of hours of a busy key takes a second to read."""
+    end = time.time_ns() // 1000 if until is None else micro(until)
+    return "hour" if end - _since(since) <= _WEEK else "day"
 
 
 class _Asking:
@@ -303,16 +315,18 @@ class _Query:
             {**values, **more, "start": span.start, "end": span.end},
         )
 
-    def counts(self, column: Column, keys: Sequence[str], span: _Span, after: int, limit: int) -> list[Count]:
-        """Count what was called after a moment: in that hour too, nothing is listed whose last call was before."""
+    def counts(
+        self, column: Column, keys: Sequence[str], step: Counted, span: _Span, after: int, limit: int
+    ) -> list[Count]:
+        """Count what was called after a moment: in its own step too, nothing is listed whose last call was before."""
         if not keys:
             return []
         names, values = _named(keys)
         rows = self.ask(
             f"select {column}, sum(calls), max(last) from {self.prefix}usage_{_PLURAL[column]} "  # noqa: S608 - likewise
-            f"where key_id in ({names}) and start >= :start and start < :end and last >= :after "
+            f"where key_id in ({names}) and step = :step and start >= :start and start < :end and last >= :after "
             f"group by {column} order by 2 desc, 1 limit :most",
-            values | {"start": span.start, "end": span.end, "after": after, "most": limit},
+            {**values, "step": step, "start": span.start, "end": span.end, "after": after, "most": limit},
         )
         return [Count(of, int(calls), moment(last)) for of, calls, last in rows]
 

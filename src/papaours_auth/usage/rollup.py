@@ -1,7 +1,7 @@
 """What is added up of a batch, and for how long what is kept: the same for every database.
 
-All of it is bounded. In an hour a key has at most `MOST_DISTINCT` routes and as many addresses of its own, the
-rest are one row, `OTHER`: whoever calls a new path with each request fills no disk.
+All of it is bounded. In an hour or a day a key has so many routes and addresses of its own (`MOST_DISTINCT`), and
+the rest are one row, `OTHER`: whoever calls a new path with each request fills no disk.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ HOUR: Final = 3600 * SECOND
 DAY: Final = 24 * HOUR
 STEPS: Final[Mapping[Step, int]] = {"minute": 60 * SECOND, "hour": HOUR, "day": DAY}
 OTHER: Final = "other"
-MOST_DISTINCT: Final = 200
+MOST_DISTINCT: Final[Mapping[Counted, int]] = {"hour": 200, "day": 400}
 MOST_NETWORKS: Final = 1_000
 """Networks with refusals that a minute has of its own, for each reason."""
 LONGEST: Final = 90 * DAY
 """How long a producer's last sequence is remembered: a spool found later may be delivered twice."""
 
 Step: TypeAlias = Literal["minute", "hour", "day"]
+Counted: TypeAlias = Literal["hour", "day"]
+"""The steps in which routes and addresses are counted."""
 Column: TypeAlias = Literal["route", "address"]
 
 
 class Retention(NamedTuple):
-    """For how many days each thing is kept. Counts by route and address are kept as long as hours are."""
+    """For how many days each thing is kept: events, and counts by the minute, the hour and the day."""
 
     events: float = 30
     minute: float = 2
@@ -47,6 +49,9 @@ class Tally(NamedTuple):
     def and_also(self, other: Tally) -> Tally:
         """Put two together."""
         return Tally(self.calls + other.calls, max(self.last, other.last))
+
+
+_NONE: Final = Tally(0, 0)
 
 
 class Expired(NamedTuple):
@@ -67,8 +72,11 @@ def expired(retention: Retention, now: int) -> list[Expired]:
     return [
         Expired("usage_events", "time", before(retention.events)),
         *(Expired("usage_series", "start", before(getattr(retention, step)), step) for step in STEPS),
-        Expired("usage_routes", "start", before(retention.hour)),
-        Expired("usage_addresses", "start", before(retention.hour)),
+        *(
+            Expired(table, "start", before(getattr(retention, step)), step)
+            for table in ("usage_routes", "usage_addresses")
+            for step in MOST_DISTINCT
+        ),
         Expired("usage_refusals", "minute", now - LONGEST),
         Expired("usage_batches", "at", now - LONGEST),
     ]
@@ -94,34 +102,34 @@ def keys(events: Iterable[Event]) -> list[tuple[str, str, int, int, int]]:
     return sorted((key, *values) for key, values in seen.items())
 
 
-def by_hour(events: Sequence[Event], column: Column) -> dict[tuple[str, int], dict[str, Tally]]:
-    """Tally a column's values, for each key and hour."""
+def tallies(events: Sequence[Event], column: Column) -> dict[tuple[str, Counted, int], dict[str, Tally]]:
+    """Tally a column's values, for each key, step and its start."""
     place = Event._fields.index(column)
     ordered = sorted(events, key=lambda event: event.time)
     entries = [(event.key_id, event.time // HOUR, str(event[place])) for event in ordered]
     last = dict(
         zip(entries, (event.time for event in ordered), strict=True)
     )  # of equal entries the latest stays
-    tallies: dict[tuple[str, int], dict[str, Tally]] = {}
+    found: dict[tuple[str, Counted, int], dict[str, Tally]] = {}
     for entry, calls in Counter(entries).items():
         key, hour, value = entry
-        tallies.setdefault((key, hour * HOUR), {})[value] = Tally(calls, last[entry])
-    return dict(sorted(tallies.items()))
+        for step in MOST_DISTINCT:
+            values = found.setdefault((key, step, hour * HOUR // STEPS[step] * STEPS[step]), {})
+            values[value] = Tally(calls, last[entry]).and_also(values.get(value, _NONE))
+    return dict(sorted(found.items()))
 
 
 def by_minute(refusals: Iterable[Refusals]) -> dict[tuple[int, str], dict[str, Tally]]:
     """Tally the networks of refusals, for each minute and reason."""
-    tallies: dict[tuple[int, str], dict[str, Tally]] = {}
+    found: dict[tuple[int, str], dict[str, Tally]] = {}
     for entry in refusals:
-        found = tallies.setdefault((entry.minute, entry.reason), {})
+        networks = found.setdefault((entry.minute, entry.reason), {})
         one = Tally(entry.calls, entry.minute)
-        found[entry.network] = one.and_also(found.get(entry.network, Tally(0, 0)))
-    return dict(sorted(tallies.items()))
+        networks[entry.network] = one.and_also(networks.get(entry.network, _NONE))
+    return dict(sorted(found.items()))
 
 
-def capped(
-    values: Mapping[str, Tally], known: AbstractSet[str], most: int = MOST_DISTINCT
-) -> dict[str, Tally]:
+def capped(values: Mapping[str, Tally], known: AbstractSet[str], most: int) -> dict[str, Tally]:
     """Keep values that have a row (``known``), and new ones, the most called first, while there is room."""
     room = most - len(known - {OTHER})
     kept: dict[str, Tally] = {}

@@ -35,7 +35,7 @@ from ..stores.sql_drivers import Place, read_url
 from . import rollup
 from .event import Event
 from .reader import Ask, Cell, Row
-from .rollup import MOST_NETWORKS, Column, Expired, Retention
+from .rollup import MOST_DISTINCT, MOST_NETWORKS, Column, Expired, Retention
 from .sinks import Batch
 from .sql_tables import UsageTables, check_version, prepare
 
@@ -275,11 +275,11 @@ def _series(found: tuple[rollup.Step, int, str, int, int]) -> dict[str, Cell]:
 
 
 def _counts(connection: Connection, table: Table, batch: Batch, column: Column) -> Iterator[dict[str, Cell]]:
-    for (key, start), values in rollup.by_hour(batch.events, column).items():
-        hour = select(table.c[column]).where(table.c.key_id == key, table.c.start == start)
-        known = set(connection.scalars(hour))
-        for value, tally in rollup.capped(values, known).items():
-            yield {"key_id": key, "start": start, column: value, **tally._asdict()}
+    for (key, step, start), values in rollup.tallies(batch.events, column).items():
+        mine = table.c.key_id == key, table.c.step == step, table.c.start == start
+        known = set(connection.scalars(select(table.c[column]).where(*mine)))
+        for value, tally in rollup.capped(values, known, MOST_DISTINCT[step]).items():
+            yield {"key_id": key, "step": step, "start": start, column: value, **tally._asdict()}
 
 
 def _refusals(connection: Connection, table: Table, batch: Batch) -> Iterator[dict[str, Cell]]:

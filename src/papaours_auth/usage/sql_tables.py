@@ -130,13 +130,13 @@ class UsageTables:
     def _counts(self, name: str, column: str, length: int) -> Table:
         table = self._table(
             name,
-            *self._identity(key_id=64),
+            *self._identity(key_id=64, step=16),
             Column("start", BigInteger, primary_key=True, autoincrement=False),
             *self._identity(**{column: length}),
             self._number("calls"),
             self._number("last"),
         )
-        Index(f"{table.name}_start", table.c.start)
+        Index(f"{table.name}_start", table.c.step, table.c.start)
         return table
 
 

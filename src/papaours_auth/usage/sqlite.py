@@ -18,7 +18,7 @@ from ..exceptions import StoreUnavailable
 from . import rollup
 from .layout import IDENTITY, VERSION, newer, prepare, transaction, version_of
 from .reader import Ask, Cell, Row
-from .rollup import MOST_NETWORKS, Column, Expired, Retention
+from .rollup import MOST_DISTINCT, MOST_NETWORKS, Column, Expired, Retention
 from .sinks import Batch
 
 __all__ = ["Retention", "SQLiteReader", "SQLiteSink"]
@@ -31,14 +31,14 @@ _CACHE: Final = (
 )  # KiB, of which only what a batch touches is taken: beyond it, pages are written twice
 _MAPPED: Final = 1 << 30
 _ADDED: Final[Mapping[Column, str]] = {
-    "route": "insert into usage_routes values (?, ?, ?, ?, ?) on conflict do update "
+    "route": "insert into usage_routes values (?, ?, ?, ?, ?, ?) on conflict do update "
     "set calls = calls + excluded.calls, last = max(last, excluded.last)",
-    "address": "insert into usage_addresses values (?, ?, ?, ?, ?) on conflict do update "
+    "address": "insert into usage_addresses values (?, ?, ?, ?, ?, ?) on conflict do update "
     "set calls = calls + excluded.calls, last = max(last, excluded.last)",
 }
 _KNOWN: Final[Mapping[Column, str]] = {
-    "route": "select route from usage_routes where key_id = ? and start = ?",
-    "address": "select address from usage_addresses where key_id = ? and start = ?",
+    "route": "select route from usage_routes where key_id = ? and step = ? and start = ?",
+    "address": "select address from usage_addresses where key_id = ? and step = ? and start = ?",
 }
 
 
@@ -132,10 +132,10 @@ def _store(connection: sqlite3.Connection, batch: Batch) -> None:
 
 
 def _counts(connection: sqlite3.Connection, batch: Batch, column: Column) -> Iterator[tuple[Cell, ...]]:
-    for (key, start), values in rollup.by_hour(batch.events, column).items():
-        known = {value for (value,) in connection.execute(_KNOWN[column], (key, start))}
-        for value, tally in rollup.capped(values, known).items():
-            yield key, start, value, *tally
+    for (key, step, start), values in rollup.tallies(batch.events, column).items():
+        known = {value for (value,) in connection.execute(_KNOWN[column], (key, step, start))}
+        for value, tally in rollup.capped(values, known, MOST_DISTINCT[step]).items():
+            yield key, step, start, value, *tally
 
 
 def _store_refusals(connection: sqlite3.Connection, batch: Batch) -> None:
