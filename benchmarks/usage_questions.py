@@ -86,8 +86,10 @@ def fill(result: Result, path: Path, count: int, begin: datetime, end: datetime)
 def rate(result: Result, name: str, path: Path, end: datetime, scale: float) -> None:
     """Write as a busy service does: a batch holds what came within a second. A core's: by the process's own time."""
     sink, wall, own = SQLiteSink(path), [], []
-    seconds = max(2, int(20 * min(scale, 1)))
-    for sequence, events in enumerate(batches(seconds * BATCH, end - timedelta(seconds=seconds), end), 1):
+    seconds, size = max(2, int(20 * min(scale, 1))), max(500, int(BATCH * min(scale, 1)))
+    for sequence, events in enumerate(
+        batches(seconds * size, end - timedelta(seconds=seconds), end, size), 1
+    ):
         since, used = time.perf_counter(), time.process_time()
         sink.write(Batch(f"rate {name}", sequence, events))
         wall.append(len(events) / (time.perf_counter() - since))
@@ -97,11 +99,11 @@ def rate(result: Result, name: str, path: Path, end: datetime, scale: float) -> 
         result.add(f"into {name}, {what}", middle, "events", goal=goal, at_most=False, spread=spread)
 
 
-def batches(count: int, begin: datetime, end: datetime) -> Iterator[list[Event]]:
+def batches(count: int, begin: datetime, end: datetime, size: int = BATCH) -> Iterator[list[Event]]:
     drawn = random.Random(1)
     weights = list(accumulate([0.25] + [0.75 * 0.9**place / 10 for place in range(1, len(KEYS))]))
     start, width = int(begin.timestamp() * 1e6), (end - begin) / timedelta(microseconds=1) / count
-    size = min(BATCH, count)
+    size = min(size, count)
     for first in range(0, count, size):
         places = drawn.choices(range(len(KEYS)), cum_weights=weights, k=size)
         routes = drawn.choices(ROUTES, k=size)

@@ -165,8 +165,8 @@ def test_a_rotation_is_the_first_key_that_replaces_another() -> None:
     def key(id_: str, at: datetime, replaces: str | None) -> Key:
         return Key(id_, "m-1", id_, "prod", "", "abcd", "active", at, "a", None, replaces, (), {})
 
-    made = [key("1", NOON, None), key("3", NOON + 2 * MINUTE, "1"), key("2", NOON + MINUTE, "1")]
-    assert rotations(made) == {"1": NOON + MINUTE}
+    made = [key("1", NOON, None), key("2", NOON + MINUTE, "1"), key("3", NOON + 2 * MINUTE, "1")]
+    assert rotations(made) == rotations(made[::-1]) == {"1": NOON + MINUTE}
 
 
 def test_a_report_sums_up_a_machine_in_whole_days(place: Place, usage: Usage) -> None:
@@ -198,12 +198,14 @@ def walked(usage: Usage, limit: int, **filters: Any) -> list[str]:  # Any: those
         page = usage.history(limit=limit, cursor=page.cursor, **filters)
 
 
-@pytest.mark.parametrize("examined", [10, 100_000])
+@pytest.mark.parametrize(("examined", "patience"), [(10, 60.0), (50_000, 60.0), (50_000, -1.0)])
 def test_history_is_what_a_search_of_all_events_finds(
-    place: Place, monkeypatch: pytest.MonkeyPatch, examined: int
+    place: Place, monkeypatch: pytest.MonkeyPatch, examined: int, patience: float
 ) -> None:
     """Whatever the filters, in pages of whatever length, also where a page gives up looking."""
     monkeypatch.setattr("papaours_auth.usage.history.EXAMINED", examined)
+    monkeypatch.setattr("papaours_auth.usage.history.PATIENCE", patience)
+    monkeypatch.setattr("papaours_auth.usage.history.STRETCH", 8)
     drawn = random.Random(7)
     machines = {"k0": "m0", "k1": "m0", "k2": "m0", "k3": "m1"}
     events = []
@@ -263,6 +265,35 @@ def test_a_page_that_gave_up_looking_says_where_to_go_on(
     while (cursor := pages[-1].cursor) is not None:
         pages.append(place.usage.history(route="/a", address="y", limit=2, cursor=cursor))
     assert [len(page) for page in pages] == [0, 0, 1]
+
+
+def test_keys_of_a_machine_are_put_together_as_far_down_as_all_were_searched(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One key's search gives up above where another's has found something: that is for a later page."""
+    monkeypatch.setattr("papaours_auth.usage.history.EXAMINED", 10)
+    place.write(
+        *(event(NOON + MINUTE * number, "k1") for number in range(10, 30)),
+        event(NOON + timedelta(seconds=150), "k1", status=404),
+        *(event(NOON + MINUTE * number, "k2", status=404) for number in range(5)),
+        *(event(NOON + MINUTE * number, "k3", status=404, machine="m-2") for number in range(50)),
+    )
+    found = walked(place.usage, 3, machine_id="m-1", status=404)
+    assert found == [f"e-{micro(NOON + MINUTE * number)}" for number in (4, 3, 2.5, 2, 1, 0)]
+
+
+def test_a_page_out_of_patience_begins_no_further_stretch(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.write(*(event(NOON + MINUTE * number, address="x", route="/a") for number in range(40)))
+    place.write(*(event(NOON + MINUTE * number, address="y", route="/b") for number in range(40)))
+    monkeypatch.setattr("papaours_auth.usage.history.STRETCH", 10)
+    assert place.usage.history(address="x", route="/b").cursor is None
+    monkeypatch.setattr("papaours_auth.usage.history.PATIENCE", -1.0)
+    page = place.usage.history(address="x", route="/b")
+    assert page == []
+    assert page.cursor is not None
+    assert page.cursor.startswith(f"{micro(NOON + MINUTE * 30):x}.")
 
 
 def test_a_page_of_the_last_events_has_no_next_one(usage: Usage) -> None:

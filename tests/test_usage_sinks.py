@@ -149,6 +149,15 @@ def test_batches_add_up_by_step_key_route_and_address(place: Place) -> None:
     ]
 
 
+def test_what_comes_late_moves_no_last_use_back(place: Place) -> None:
+    hour = NOW // HOUR * HOUR
+    place.write(event(hour + 9))
+    place.write(event(hour + 5))
+    assert place.rows("first, last, calls", "keys") == [(hour + 5, hour + 9, 2)]
+    for table in ("routes", "addresses"):
+        assert place.rows("calls, last", f"{table} where step = 'hour'") == [(2, hour + 9)]
+
+
 def test_a_flood_of_new_routes_and_addresses_takes_a_bounded_number_of_rows(place: Place) -> None:
     place.write(event(NOW, route="/known"), event(NOW, route="/known"))
     for part in range(3):

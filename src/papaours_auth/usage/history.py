@@ -7,6 +7,7 @@ what comes next nor show it twice, and the thousandth page costs what the first 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeAlias
@@ -16,7 +17,10 @@ from .event import VERSION, Event
 from .reader import Ask, Cell, Row
 
 EXAMINED: Final = 50_000
-"""Rows a page looks at, at most."""
+"""Rows a page looks at, at most; fewer where `PATIENCE` is over before: a cold disk reads 5,000 a second."""
+PATIENCE: Final = 0.25
+"""Seconds after which a page begins no further stretch. The first has `STRETCH` rows, each next one twice as many."""
+STRETCH: Final = 1_000
 MOST: Final = 10_000
 """Events on a page, at most."""
 _SAMPLE: Final = 20_000
@@ -88,11 +92,11 @@ class _Search:
 
     def page(self, limit: int) -> Page:
         """Search each part, and put them together as far down as all of them have been searched."""
-        parts = self._narrowest()
+        parts, deadline = self._narrowest(), time.monotonic() + PATIENCE
         rows: list[Row] = []
         floor: Position | None = None
         for part in parts:
-            found, reached = self._part(part, limit, max(EXAMINED // len(parts), limit))
+            found, reached = self._part(part, limit, EXAMINED // len(parts), deadline)
             rows += found
             floor = reached if floor is None or (reached is not None and reached > floor) else floor
         rows = [row for row in rows if floor is None or _place(row) >= floor]
@@ -117,35 +121,61 @@ class _Search:
         return choices[0] if choices else [()]
 
     def _size(self, part: _Part) -> int:
-        values = self._values(part) | {"sample": _SAMPLE}
+        values = self._values(part, self.wanted.top) | {"sample": _SAMPLE}
         statement = f"select count(*) from (select 1 as one {self._below(part)} limit :sample) sampled"  # noqa: S608 - words of ours
         return int(self.ask(statement, values)[0][0])
 
-    def _part(self, part: _Part, limit: int, examined: int) -> tuple[Sequence[Row], Position | None]:
+    def _part(
+        self, part: _Part, limit: int, most: int, deadline: float
+    ) -> tuple[Sequence[Row], Position | None]:
         """Give a part's newest events that fit, and how far down it was searched; None: to the end."""
-        rest = {
+        rest = self._rest(part)
+        if not rest:
+            rows = self._stretch(part, {}, self.wanted.top, limit, limit)
+            return rows, _place(rows[-1]) if len(rows) == limit else None
+        found: list[Row] = []
+        reached: Position | None = self.wanted.top
+        examined, stretch = 0, min(STRETCH, most) or 1
+        while reached is not None and len(found) < limit:
+            found += self._stretch(part, rest, reached, stretch, limit - len(found))
+            if len(found) == limit:
+                return found, _place(found[-1])
+            reached = self._end(part, reached, stretch)
+            examined += stretch
+            if examined >= most or time.monotonic() > deadline:
+                break
+            stretch = min(2 * stretch, most - examined)
+        return found, reached
+
+    def _rest(self, part: _Part) -> dict[str, Cell]:
+        """Name the filters the part's index does not answer."""
+        return {
             column: value
             for column, value in self.wanted.equal.items()
             if (column, value) not in part and not (column == "machine_id" and self._of_machine(part))
         }
-        newest = "order by time desc, id desc limit :most"
-        inner = f"select id, {_COLUMNS} {self._below(part)} {newest}"
+
+    def _stretch(
+        self, part: _Part, rest: Mapping[str, Cell], top: Position, most: int, limit: int
+    ) -> Sequence[Row]:
+        """Look at so many rows below a position, and give the first that fit."""
+        rows = f"select id, {_COLUMNS} {self._below(part)} order by time desc, id desc limit :most"
         if not rest:
-            rows = self.ask(inner, self._values(part) | {"most": limit})
-            return rows, _place(rows[-1]) if len(rows) == limit else None
+            return self.ask(rows, self._values(part, top) | {"most": most})
         # The subquery's own bound keeps its order, and ends the search early: no database here sorts again.
         compared = " and ".join(f"{column} = :{column}" for column in rest)
+        return self.ask(
+            f"select * from ({rows}) found where {compared} limit :matching",  # noqa: S608 - words of ours
+            {**self._values(part, top), **rest, "most": most, "matching": limit},
+        )
+
+    def _end(self, part: _Part, top: Position, most: int) -> Position | None:
+        """Give the last of so many rows below a position; None where there are fewer."""
         rows = self.ask(
-            f"select * from ({inner}) found where {compared} limit :matching",  # noqa: S608 - likewise
-            self._values(part) | rest | {"most": examined, "matching": limit},
-        )
-        if len(rows) == limit:
-            return rows, _place(rows[-1])
-        last = self.ask(
             f"select id, '', time {self._below(part)} order by time desc, id desc limit 1 offset :passed",
-            self._values(part) | {"passed": examined - 1},
+            self._values(part, top) | {"passed": most - 1},
         )
-        return rows, _place(last[0]) if last else None
+        return _place(rows[0]) if rows else None
 
     def _of_machine(self, part: _Part) -> bool:
         return self.wanted.keys is not None and bool(part) and part[0][1] in self.wanted.keys
@@ -157,8 +187,7 @@ class _Search:
             "and (time < :top or id < :below)"
         )
 
-    def _values(self, part: _Part) -> dict[str, Cell]:
-        top = self.wanted.top
+    def _values(self, part: _Part, top: Position) -> dict[str, Cell]:
         return {"since": self.wanted.since, "top": top.time, "below": top.id} | dict(part)
 
 

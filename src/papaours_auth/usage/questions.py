@@ -115,7 +115,7 @@ class Usage:
     ) -> Page:
         """List events, the newest first, a page at a time: the next one is below ``cursor``, the page's own.
 
-        From ``since``, and before ``until``. No page looks at more than 50,000 events, so one may be short.
+        From ``since``, and before ``until``. A page looks at 50,000 events at most, so one may be short.
         """
         given: dict[str, Cell] = {
             "key_id": key_id, "machine_id": machine_id, "address": address, "route": route, "status": status,

@@ -46,7 +46,7 @@ READ_TIMEOUT: Final = 10.0
 """Seconds an answer may take where the URL names no ``timeout``: people wait for these, no request does."""
 
 _PRUNE_EVERY: Final = 60.0
-_PRUNE_ROWS: Final = 2_000
+_PRUNE_ROWS: Final = 1_000
 _CHUNK: Final = 1_000
 _WRITING: Final = {
     "postgresql": "READ COMMITTED",

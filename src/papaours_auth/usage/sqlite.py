@@ -24,7 +24,7 @@ from .sinks import Batch
 __all__ = ["Retention", "SQLiteReader", "SQLiteSink"]
 
 _PRUNE_EVERY: Final = 60.0
-_PRUNE_ROWS: Final = 2_000
+_PRUNE_ROWS: Final = 1_000
 _WAIT: Final = 5.0
 _CACHE: Final = (
     64 << 10
