@@ -170,6 +170,8 @@ def test_a_report_sums_up_a_machine(estate: Estate) -> None:
     assert "192.0.2.7" in shown
     assert estate("report", "absent").code == 1
     assert estate.lines("report", "machine_gone")[0]["calls"] == 1
+    estate.shell("machine", "create", "Autre", "--organisation", "cfa-lyon")
+    assert estate("report", "Autre").out.startswith("Autre: 0 calls")
 
 
 def test_without_a_key_store_ids_do(estate: Estate, monkeypatch: pytest.MonkeyPatch) -> None:

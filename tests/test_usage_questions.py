@@ -282,6 +282,17 @@ def test_keys_of_a_machine_are_put_together_as_far_down_as_all_were_searched(
     assert found == [f"e-{micro(NOON + MINUTE * number)}" for number in (4, 3, 2.5, 2, 1, 0)]
 
 
+def test_a_page_goes_on_stretch_by_stretch_and_finds_each_event_once(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("papaours_auth.usage.history.STRETCH", 8)
+    events = [event(NOON + MINUTE * number, route="ab"[number % 2]) for number in range(100)]
+    place.write(*events)
+    page = place.usage.history(key_id="new", route="a", status=200, limit=1_000)
+    assert page == [found for found in events[::-1] if found.route == "a"]
+    assert page.cursor is None
+
+
 def test_a_page_out_of_patience_begins_no_further_stretch(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -210,6 +210,18 @@ def test_what_is_too_old_goes_a_bounded_number_of_rows_at_a_time(
     assert place.rows("calls", "keys") == [(26,)]
 
 
+def test_a_large_batch_takes_more_with_it_than_it_brings(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = "sql" if isinstance(place.sink, SQLSink) else "sqlite"
+    monkeypatch.setattr(f"papaours_auth.usage.{module}._PRUNE_ROWS", 10)
+    place.keep(Retention(events=9_999, minute=9_999, hour=9_999, day=9_999))
+    place.write(*(event(TODAY - 40 * DAY + number) for number in range(100)))
+    place.keep(Retention(events=1, minute=9_999, hour=9_999, day=9_999))
+    place.write(*(event(NOW) for _ in range(20)))
+    assert place.rows("count(*)", "events") == [(80,)]
+
+
 def test_the_most_called_of_what_is_new_is_kept_first() -> None:
     values = {"/a": Tally(1, 5), "/b": Tally(3, 6), "/c": Tally(2, 9), OTHER: Tally(1, 7)}
     assert rollup.capped(values, set(), 2) == {"/b": (3, 6), "/c": (2, 9), OTHER: (2, 7)}
@@ -314,19 +326,20 @@ def test_pitfall_22_a_fork_leaves_parent_and_child_with_connections_of_their_own
     url = postgresql_server.url(postgresql_server.database())
     sink = open_sink(url)
     assert isinstance(sink, SQLSink)
+    usage = Usage(url)
     sink.write(Batch("parent", 1, [event()]))
+    assert len(usage.history()) == 1
     child = os.fork()
     if not child:
         code = 1
         try:
             sink.write(Batch("child", 1, [event()]))
-            code = 0
+            code = 0 if len(usage.history()) == 2 else 2
         finally:
             os._exit(code)
     assert os.waitpid(child, 0)[1] == 0
     sink.write(Batch("parent", 2, [event()]))
-    with sink._engine.connect() as connection:
-        assert connection.scalar(text("select count(*) from papaours_usage_events")) == 3
+    assert len(usage.history()) == 3
 
 
 def test_a_connection_that_died_in_the_pool_costs_no_batch_and_no_answer(
@@ -355,6 +368,21 @@ def test_an_apps_own_engine_and_prefix(engine: Engine) -> None:
     last = usage.last_used("key_1")
     assert last is not None
     assert last.calls == 1
+
+
+def test_who_makes_the_tables_for_too_long_is_not_waited_for(
+    mariadb_server: SQLServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("papaours_auth.usage.sql_tables._LOCK_SECONDS", 0)
+    url = mariadb_server.url(mariadb_server.database())
+    other, sink = open_sink(url), open_sink(url)
+    assert isinstance(other, SQLSink)
+    with other._engine.connect() as connection:
+        connection.execute(text("select get_lock('papaours-auth usage schema', 0)"))
+        with pytest.raises(ConfigurationError, match="too long"):
+            sink.write(Batch("p", 1, [event()]))
+        connection.execute(text("select release_lock('papaours-auth usage schema')"))
+    sink.write(Batch("p", 1, [event()]))
 
 
 def test_a_schema_of_its_own_on_postgresql(postgresql_server: SQLServer) -> None:

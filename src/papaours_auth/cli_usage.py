@@ -86,9 +86,7 @@ def _usage(options: argparse.Namespace) -> Usage:
     return Usage(url if "://" in url else f"sqlite:///{url}")
 
 
-def _since(text: str | None) -> datetime | None:
-    if text is None:
-        return None
+def _moment(text: str) -> datetime:
     span = _SPAN.fullmatch(text)
     try:
         if span is not None:
@@ -103,11 +101,8 @@ def _since(text: str | None) -> datetime | None:
     return found.astimezone(UTC)
 
 
-def _from(options: argparse.Namespace) -> datetime:
-    found = _since(options.since)
-    if found is None:
-        raise InvalidInput("say since when: --since 30d")
-    return found
+def _since(text: str | None) -> datetime | None:
+    return None if text is None else _moment(text)
 
 
 def _show(rows: Iterable[_Row], options: argparse.Namespace, empty: str) -> None:
@@ -123,9 +118,7 @@ def _show(rows: Iterable[_Row], options: argparse.Namespace, empty: str) -> None
 
 
 def _plain(value: object) -> str:
-    if isinstance(value, datetime):
-        return value.isoformat().replace("+00:00", "Z")
-    raise TypeError
+    return value.isoformat().replace("+00:00", "Z") if isinstance(value, datetime) else str(value)
 
 
 def _cell(value: object) -> str:
@@ -185,7 +178,7 @@ def _last_used(options: argparse.Namespace) -> int:
 
 
 def _unused(options: argparse.Namespace) -> int:
-    usage, since = _usage(options), _from(options)
+    usage, since = _usage(options), _moment(options.since)
     with _Estate(options) as estate:
         machine = estate.machine(options.machine, usage) if options.machine is not None else None
         uses = usage.unused_since(since, machine_id=machine)
@@ -263,7 +256,7 @@ def _subject(options: argparse.Namespace, usage: Usage) -> tuple[str | None, str
 
 
 def _series(options: argparse.Namespace) -> int:
-    usage, since = _usage(options), _from(options)
+    usage, since = _usage(options), _moment(options.since)
     key, machine = _subject(options, usage)
     points = usage.series(key, options.step, since, _since(options.until), machine_id=machine)
     if points and not options.json:
@@ -278,7 +271,7 @@ def _routes(options: argparse.Namespace) -> int:
     usage = _usage(options)
     key, machine = _subject(options, usage)
     counts = usage.by_route(
-        key, _from(options), _since(options.until), machine_id=machine, limit=options.limit
+        key, _moment(options.since), _since(options.until), machine_id=machine, limit=options.limit
     )
     _show(_counts(counts, "route"), options, "No call is recorded since.")
     return FINE
@@ -288,7 +281,7 @@ def _addresses(options: argparse.Namespace) -> int:
     usage = _usage(options)
     key, machine = _subject(options, usage)
     counts = usage.by_address(
-        key, _from(options), _since(options.until), machine_id=machine, limit=options.limit
+        key, _moment(options.since), _since(options.until), machine_id=machine, limit=options.limit
     )
     _show(_counts(counts, "address"), options, "No call is recorded since.")
     return FINE
@@ -340,7 +333,9 @@ def _show_users(use: StillUsed) -> None:
 def _report(options: argparse.Namespace) -> int:
     usage = _usage(options)
     with _Estate(options) as estate:
-        report = usage.report(estate.machine(options.machine, usage), _from(options), limit=options.limit)
+        report = usage.report(
+            estate.machine(options.machine, usage), _moment(options.since), limit=options.limit
+        )
         machine = estate.machines.get(report.machine_id)
         name = machine.name if machine is not None else ""
         keys = [_use(use, estate) for use in report.keys]
