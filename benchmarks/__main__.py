@@ -24,6 +24,7 @@ NAMES: Final = (
     "revocation",
     "outage",
     "usage",
+    "usage_questions",
 )
 
 

@@ -9,7 +9,19 @@ import pytest
 
 harness = pytest.importorskip("benchmarks.harness", reason="benchmarks/ is not here: this is the built wheel")
 
-from benchmarks import cold, flood, floor, guard, middleware, peers, revocation, server, threads, timing  # noqa: E402
+from benchmarks import (  # noqa: E402
+    cold,
+    flood,
+    floor,
+    guard,
+    middleware,
+    peers,
+    revocation,
+    server,
+    threads,
+    timing,
+    usage_questions,
+)
 from benchmarks.harness import Figure, Result, interleave, load, looped, percentile, show, write  # noqa: E402
 from benchmarks.subjects import one_key, place  # noqa: E402
 
@@ -132,3 +144,10 @@ Requests/sec:   7410.30
     assert server.read_wrk(said) == server.Load(7410.3, 118.0, 1320.0)
     with pytest.raises(RuntimeError, match="well"):
         server.read_wrk(said + "  Non-2xx or 3xx responses: 7")
+
+
+def test_questions_about_usage_are_all_asked() -> None:
+    figures = {figure.name: figure for figure in usage_questions.run(0.001).figures}
+    assert figures["slowest answer, warm"].goal == usage_questions.GOAL
+    for question in ("last_used", "history", "series", "by_route", "by_address", "still_used", "report"):
+        assert [name for name in figures if name.startswith(question) and name.endswith("cold")], question

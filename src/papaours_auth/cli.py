@@ -565,6 +565,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--client", metavar="ADDRESS", help="the caller's address")
     command.add_argument("--needs", metavar="RIGHT", action="append", default=[])
+
+    from .cli_usage import add_usage  # it shows its answers as we do
+
+    add_usage(commands, listed)
     return parser
 
 

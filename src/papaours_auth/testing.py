@@ -19,21 +19,22 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from ipaddress import ip_network
-from typing import Final
+from typing import Final, cast
 
 from .digest import Candidate
 from .exceptions import Conflict, NotFound, StoreUnavailable
 from .model import Grant, Key, Machine, Record
 from .stores import AsyncStore, Author, Epoch, MachineColumns, News, PepperRecord, Store
 from .stores.records import microseconds
+from .usage import Batch, Event, Refusals, Sink
 from .verify import PARTITIONS, Claim
 
-__all__ = ["StoreContract"]
+__all__ = ["SinkContract", "StoreContract"]
 
 _NOW: Final = datetime(2026, 11, 24, 12, 30, 15, 123456, tzinfo=UTC)
 _AUTHOR: Final = Author("Alice é", _NOW)
@@ -439,3 +440,87 @@ class StoreContract:
             _check(partition.changes is not None, "the log does not reach back to the last reading")
             found += partition.changes or ()
         return found
+
+
+# sinks
+
+
+def _event(number: int, *, key: str = "key_1", status: int = 200, route: str = "/contrats/{id}") -> Event:
+    return Event(
+        1, f"p-1-{number}", time.time_ns() // 1000, key, "machine_1", "2001:db8::7", "GET", route, status, "",
+        "completed", "contrats", "prod", 1_234, "8f14e45f",
+    )  # fmt: skip
+
+
+def _deliver(sink: Sink, batch: Batch) -> None:
+    """Deliver as a recorder does: whatever the sink raises, the batch comes again."""
+    for _ in range(20):
+        with suppress(Exception):
+            sink.write(batch)
+            return
+    sink.write(batch)
+
+
+class SinkContract:
+    """What every sink that stores exactly once promises. Subclass it, and give `open` and `stored`."""
+
+    def open(self) -> Sink:
+        """Give a sink over a place that is this test's own; called again, another one over the same place."""
+        raise NotImplementedError
+
+    def stored(self) -> Mapping[tuple[str, int], int]:
+        """Count what is in that place, by key and status."""
+        raise NotImplementedError
+
+    def test_a_batch_that_comes_again_is_stored_once(self) -> None:
+        """A producer's batches come in order, and any of them more than once."""
+        sink = self.open()
+        first, second = Batch("p", 1, [_event(1), _event(2)]), Batch("p", 7, [_event(3, status=500)])
+        for batch in (first, first, second, first, second):
+            sink.write(batch)
+        _equal(dict(self.stored()), {("key_1", 200): 2, ("key_1", 500): 1})
+
+    def test_a_reply_lost_after_the_commit_doubles_nothing(self) -> None:
+        """The batch was stored, its sender never learnt so, and another process delivers it again."""
+        lost = Batch("p", 1, [_event(1)], [Refusals(microseconds(_NOW), "unknown_key", "192.0.2.0/24", 3)])
+        self.open().write(lost)
+        again = self.open()
+        again.write(lost)
+        again.write(Batch("p", 2, [_event(2)]))
+        _equal(dict(self.stored()), {("key_1", 200): 2})
+
+    def test_a_batch_that_fails_in_the_middle_leaves_nothing(self) -> None:
+        """All of it or none: then it may come again under its own name."""
+        sink = self.open()
+        whole = [_event(number) for number in range(2_500)]
+        with _raises(Exception):
+            sink.write(Batch("p", 1, [*whole, _event(0)._replace(status=cast("int", object()))]))
+        _equal(dict(self.stored()), {})
+        sink.write(Batch("p", 1, whole))
+        _equal(dict(self.stored()), {("key_1", 200): 2_500})
+
+    def test_producers_at_once_lose_and_double_nothing(self) -> None:
+        """Each is a process of its own; they count into the same rows."""
+
+        def produce(name: str) -> None:
+            sink = self.open()
+            for sequence in range(1, 11):
+                events = [_event(number, key=f"key_{number % 3}") for number in range(30)]
+                for _ in range(2):
+                    _deliver(sink, Batch(name, sequence, events))
+
+        threads = [threading.Thread(target=produce, args=(f"p{number}",)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        _equal(dict(self.stored()), {(f"key_{number}", 200): 400 for number in range(3)})
+
+    def test_odd_texts_and_numbers_are_stored(self) -> None:
+        """What the recorder lets through is stored, however odd."""
+        sink = self.open()
+        odd = ["'; drop table usage_events --", "“é” \U0001f43b", "é" * 256, "", "%s :name ? {}", "a\\"]
+        events = [_event(number, route=text) for number, text in enumerate(odd)]
+        sink.write(Batch("p", 1, [*events, _event(9, status=0)._replace(time=1 << 62, duration=0xFFFF_FFFF)]))
+        sink.write(Batch("p", 1 << 40, [_event(10)]))
+        _equal(sum(self.stored().values()), len(odd) + 2)

@@ -11,6 +11,8 @@ from urllib.parse import unquote
 from ..exceptions import ConfigurationError
 from .event import Event, Refusals
 
+_SQL: Final = ("postgresql", "mysql", "mariadb", "sqlalchemy+sqlite")
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -66,7 +68,10 @@ class Tee:
 
 
 def open_sink(url: str) -> Sink:
-    """Open ``sqlite:///usage.db``, or ``redis://…`` (`papaours_auth.usage.redis`). Raises `ConfigurationError`."""
+    """Open ``sqlite:///usage.db``, a SQL server's or Redis' URL. Raises `ConfigurationError`.
+
+    Importing us loads no driver; this does.
+    """
     scheme, found, _ = url.partition("://")
     opener = _OPENERS.get(scheme) if found else None
     if opener is None:
@@ -76,16 +81,31 @@ def open_sink(url: str) -> Sink:
     return opener(url)
 
 
-# Importing us loads no driver: each opener loads its own.
+def is_sql(url: str) -> bool:
+    """Tell whether a URL is one for SQLAlchemy."""
+    return url.partition("://")[0] in _SQL
+
+
+def file_of(url: str) -> Path:
+    """Give the file an ``sqlite:///`` URL names. Raises `ConfigurationError`."""
+    path = unquote(url.removeprefix("sqlite:///"))
+    if not url.startswith("sqlite:///") or not path or "?" in path or "\0" in path or path == ":memory:":
+        raise ConfigurationError(
+            "usage goes to an SQLite file (sqlite:///usage.db), PostgreSQL, MySQL or MariaDB, or a Sink of yours"
+        )
+    return Path(path)
 
 
 def _open_sqlite(url: str) -> Sink:
-    path = unquote(url.removeprefix("sqlite:///"))
-    if not url.startswith("sqlite:///") or not path or "?" in path or "\0" in path or path == ":memory:":
-        raise ConfigurationError("usage goes to an SQLite file (sqlite:///usage.db), or to a Sink of yours")
     from .sqlite import SQLiteSink
 
-    return SQLiteSink(Path(path))
+    return SQLiteSink(file_of(url))
+
+
+def _open_sql(url: str) -> Sink:
+    from .sql import open_sink as open_sql_sink
+
+    return open_sql_sink(url)
 
 
 def _open_redis(url: str) -> Sink:
@@ -96,6 +116,7 @@ def _open_redis(url: str) -> Sink:
 
 _OPENERS: Final[Mapping[str, Callable[[str], Sink]]] = {
     "sqlite": _open_sqlite,
+    **dict.fromkeys(_SQL, _open_sql),
     "redis": _open_redis,
     "rediss": _open_redis,
     "redis+cluster": _open_redis,

@@ -9,49 +9,41 @@ import contextlib
 import os
 import sqlite3
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
+from urllib.parse import quote
 
-from .event import Event
+from ..exceptions import StoreUnavailable
+from . import rollup
+from .layout import IDENTITY, VERSION, newer, prepare, transaction, version_of
+from .reader import Ask, Cell, Row
+from .rollup import MOST_DISTINCT, MOST_NETWORKS, Column, Expired, Retention
 from .sinks import Batch
 
-_SECOND: Final = 1_000_000
-_DAY: Final = 86_400 * _SECOND
-_STEPS: Final = {"minute": 60 * _SECOND, "hour": 3600 * _SECOND, "day": _DAY}
-_LONGEST: Final = 90 * _DAY
+__all__ = ["Retention", "SQLiteReader", "SQLiteSink"]
+
 _PRUNE_EVERY: Final = 60.0
-_PRUNE_ROWS: Final = 20_000
-_TABLES: Final = """
-create table if not exists usage_batches(producer text primary key, sequence integer not null, at integer not null)
-  strict, without rowid;
-create table if not exists usage_events(id integer primary key, event_id text not null, time integer not null,
-  key_id text not null, machine_id text not null, address text not null, method text not null, route text not null,
-  status integer not null, reason text not null, outcome text not null, service text not null,
-  environment text not null, duration integer not null, request_id text not null) strict;
-create index if not exists usage_events_time on usage_events(time);
-create index if not exists usage_events_key on usage_events(key_id, time);
-create table if not exists usage_series(step text not null, start integer not null, key_id text not null,
-  status integer not null, calls integer not null, primary key(step, start, key_id, status)) strict, without rowid;
-create table if not exists usage_keys(key_id text primary key, machine_id text not null, first integer not null,
-  last integer not null, calls integer not null) strict, without rowid;
-create table if not exists usage_refusals(minute integer not null, reason text not null, network text not null,
-  count integer not null, primary key(minute, reason, network)) strict, without rowid;
-"""
-
-
-class Retention(NamedTuple):
-    """For how many days each thing is kept."""
-
-    events: float = 30
-    minute: float = 2
-    hour: float = 90
-    day: float = 3 * 365
+_PRUNE_ROWS: Final = 1_000
+_WAIT: Final = 5.0
+_CACHE: Final = (
+    64 << 10
+)  # KiB, of which only what a batch touches is taken: beyond it, pages are written twice
+_MAPPED: Final = 1 << 30
+_ADDED: Final[Mapping[Column, str]] = {
+    "route": "insert into usage_routes values (?, ?, ?, ?, ?, ?) on conflict do update "
+    "set calls = calls + excluded.calls, last = max(last, excluded.last)",
+    "address": "insert into usage_addresses values (?, ?, ?, ?, ?, ?) on conflict do update "
+    "set calls = calls + excluded.calls, last = max(last, excluded.last)",
+}
+_KNOWN: Final[Mapping[Column, str]] = {
+    "route": "select route from usage_routes where key_id = ? and step = ? and start = ?",
+    "address": "select address from usage_addresses where key_id = ? and step = ? and start = ?",
+}
 
 
 class SQLiteSink:
-    """Keeps events in an SQLite file, made (0600) where there is none."""
+    """Keeps events in an SQLite file, made (0600) where there is none. See `Retention`."""
 
     def __init__(self, path: Path | str, *, retention: Retention = Retention()) -> None:  # noqa: B008 - immutable
         self.path = Path(path).absolute()
@@ -60,54 +52,54 @@ class SQLiteSink:
         self._ready = False
 
     def write(self, batch: Batch) -> None:
-        """Store a batch, unless it is stored already."""
+        """Store a batch, unless it is stored already. Then forget a little of what is too old."""
         with self._open() as connection:
-            connection.execute("begin immediate")
-            with _transaction(connection):
+            with transaction(connection):
                 if _first_time(connection, batch):
                     _store(connection, batch)
-                due = time.monotonic() - self._pruned > _PRUNE_EVERY
-                # With more to go, the next batch goes on: events do not come faster than they go.
-                if due and self._prune(connection, time.time_ns() // 1000):
-                    self._pruned = time.monotonic()
+            if time.monotonic() - self._pruned > _PRUNE_EVERY:
+                self._prune(connection, 2 * len(batch.events))
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        if (
-            not self._ready and not self.path.exists()
-        ):  # opened and closed, a file of keys would lose its locks
+        # Opened and closed by us, a file of keys would lose its locks: only one that is not there is made.
+        if not self._ready and not self.path.exists():
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        with contextlib.closing(sqlite3.connect(self.path, timeout=5.0, isolation_level=None)) as connection:
+        with contextlib.closing(
+            sqlite3.connect(self.path, timeout=_WAIT, isolation_level=None)
+        ) as connection:
+            connection.execute(f"pragma cache_size = -{_CACHE}")
             if not self._ready:
                 connection.execute("pragma journal_mode=wal")
-                connection.executescript(_TABLES)
+                prepare(connection)
                 self._ready = True
             connection.execute("pragma synchronous=normal")  # SIGKILL is covered, power loss is not
             yield connection
 
-    def _prune(self, connection: sqlite3.Connection, now: int) -> bool:
-        """Forget what is too old, a bounded number of rows at a time; false where more is to go."""
-        gone = connection.execute(
-            "delete from usage_events where id in (select id from usage_events where time < ? limit ?)",
-            (now - int(self._retention.events * _DAY), _PRUNE_ROWS),
-        )
-        for step in _STEPS:
-            oldest = now - int(getattr(self._retention, step) * _DAY)
-            connection.execute("delete from usage_series where step = ? and start < ?", (step, oldest))
-        connection.execute("delete from usage_refusals where minute < ?", (now - _LONGEST,))
-        connection.execute("delete from usage_batches where at < ?", (now - _LONGEST,))
-        return gone.rowcount < _PRUNE_ROWS
+    def _prune(self, connection: sqlite3.Connection, most: int) -> None:
+        """Forget a bounded number of rows, in a transaction of its own: nobody waits long for it.
+
+        Twice as many events as came with the batch, so that they go faster than they come. With more to go,
+        the next batch goes on.
+        """
+        left = max(_PRUNE_ROWS, most)
+        with transaction(connection):
+            for old in rollup.expired(self._retention, time.time_ns() // 1000):
+                left -= _forget(connection, old, left)
+        if left > 0:
+            self._pruned = time.monotonic()
 
 
-@contextlib.contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        connection.execute("rollback")
-        raise
-    connection.execute("commit")
+def _forget(connection: sqlite3.Connection, old: Expired, most: int) -> int:
+    identity = IDENTITY[old.table]
+    condition = "step = :step and " if old.step else ""
+    gone = connection.execute(
+        f"delete from {old.table} where ({identity}) in "  # noqa: S608 - words of ours
+        f"(select {identity} from {old.table} where {condition}{old.column} < :oldest limit :most)",
+        {"step": old.step, "oldest": old.oldest, "most": most},
+    )
+    return gone.rowcount
 
 
 def _first_time(connection: sqlite3.Connection, batch: Batch) -> bool:
@@ -123,36 +115,76 @@ def _store(connection: sqlite3.Connection, batch: Batch) -> None:
     connection.executemany(
         "insert into usage_events(event_id, time, key_id, machine_id, address, method, route, status, reason, "
         "outcome, service, environment, duration, request_id) values (?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
-        [(event.event_id, event.time, *event[3:]) for event in batch.events],
+        [event[1:] for event in batch.events],
     )
     connection.executemany(
         "insert into usage_series values (?, ?, ?, ?, ?) on conflict do update set calls = calls + excluded.calls",
-        _series(batch.events),
+        rollup.series(batch.events),
     )
     connection.executemany(
         "insert into usage_keys values (?, ?, ?, ?, ?) on conflict do update set calls = calls + excluded.calls, "
         "first = min(first, excluded.first), last = max(last, excluded.last)",
-        _keys(batch.events),
+        rollup.keys(batch.events),
     )
-    connection.executemany(
-        "insert into usage_refusals values (?, ?, ?, ?) on conflict do update set count = count + excluded.count",
-        batch.refusals,
-    )
+    for column, added in _ADDED.items():
+        connection.executemany(added, list(_counts(connection, batch, column)))
+    _store_refusals(connection, batch)
 
 
-def _series(events: Sequence[Event]) -> list[tuple[str, int, str, int, int]]:
-    counted = Counter((event.time // _STEPS["minute"], event.key_id, event.status) for event in events)
-    sums: Counter[tuple[str, int, str, int]] = Counter()
-    for (minute, key, status), calls in counted.items():
-        for step, width in _STEPS.items():
-            start = minute * _STEPS["minute"] // width * width
-            sums[(step, start, key, status)] += calls
-    return [(*entry, calls) for entry, calls in sums.items()]
+def _counts(connection: sqlite3.Connection, batch: Batch, column: Column) -> Iterator[tuple[Cell, ...]]:
+    for (key, step, start), values in rollup.tallies(batch.events, column).items():
+        known = {value for (value,) in connection.execute(_KNOWN[column], (key, step, start))}
+        for value, tally in rollup.capped(values, known, MOST_DISTINCT[step]).items():
+            yield key, step, start, value, *tally
 
 
-def _keys(events: Sequence[Event]) -> list[tuple[str, str, int, int, int]]:
-    seen: dict[str, tuple[str, int, int, int]] = {}
-    for event in events:
-        machine, first, last, calls = seen.get(event.key_id, (event.machine_id, event.time, event.time, 0))
-        seen[event.key_id] = (machine, min(first, event.time), max(last, event.time), calls + 1)
-    return [(key, *values) for key, values in seen.items()]
+def _store_refusals(connection: sqlite3.Connection, batch: Batch) -> None:
+    for (minute, reason), networks in rollup.by_minute(batch.refusals).items():
+        rows = connection.execute(
+            "select network from usage_refusals where minute = ? and reason = ?", (minute, reason)
+        )
+        kept = rollup.capped(networks, {network for (network,) in rows}, MOST_NETWORKS)
+        connection.executemany(
+            "insert into usage_refusals values (?, ?, ?, ?) on conflict do update set count = count + excluded.count",
+            [(minute, reason, network, tally.calls) for network, tally in kept.items()],
+        )
+
+
+class SQLiteReader:
+    """Reads the file of an `SQLiteSink`; changes nothing in it."""
+
+    prefix = ""
+
+    def __init__(self, path: Path | str) -> None:
+        self._uri = f"file:{quote(str(Path(path).absolute()))}?mode=ro"
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[Ask]:
+        """See `Reader.snapshot`."""
+        try:
+            with contextlib.closing(
+                sqlite3.connect(self._uri, uri=True, timeout=_WAIT, isolation_level=None)
+            ) as connection:
+                connection.execute(f"pragma mmap_size = {_MAPPED}")
+                connection.execute("begin")
+                _check(connection)
+
+                def ask(statement: str, values: Mapping[str, Cell]) -> Sequence[Row]:
+                    return connection.execute(statement, values).fetchall()
+
+                yield ask
+        except sqlite3.Error as error:
+            raise StoreUnavailable(
+                "the usage file cannot be read: has anything been recorded in it?"
+            ) from error
+
+
+def _check(connection: sqlite3.Connection) -> None:
+    found = version_of(connection)
+    if found > VERSION:
+        raise newer()
+    if found < VERSION:
+        raise StoreUnavailable(
+            "the usage file has no tables of this version yet: they are made, or brought up to date, with the next "
+            "call that is recorded"
+        )

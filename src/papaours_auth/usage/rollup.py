@@ -1,0 +1,141 @@
+"""What is added up of a batch, and for how long what is kept: the same for every database.
+
+All of it is bounded. In an hour or a day a key has so many routes and addresses of its own (`MOST_DISTINCT`), and
+the rest are one row, `OTHER`: whoever calls a new path with each request fills no disk.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Final, Literal, NamedTuple, TypeAlias
+
+from .event import Event, Refusals
+
+SECOND: Final = 1_000_000
+"""All times are µs since 1970."""
+HOUR: Final = 3600 * SECOND
+DAY: Final = 24 * HOUR
+STEPS: Final[Mapping[Step, int]] = {"minute": 60 * SECOND, "hour": HOUR, "day": DAY}
+OTHER: Final = "other"
+MOST_DISTINCT: Final[Mapping[Counted, int]] = {"hour": 200, "day": 400}
+MOST_NETWORKS: Final = 1_000
+"""Networks with refusals that a minute has of its own, for each reason."""
+LONGEST: Final = 90 * DAY
+"""How long a producer's last sequence is remembered: a spool found later may be delivered twice."""
+
+Step: TypeAlias = Literal["minute", "hour", "day"]
+Counted: TypeAlias = Literal["hour", "day"]
+"""The steps in which routes and addresses are counted."""
+Column: TypeAlias = Literal["route", "address"]
+
+
+class Retention(NamedTuple):
+    """For how many days each thing is kept: events, and counts by the minute, the hour and the day."""
+
+    events: float = 30
+    minute: float = 2
+    hour: float = 90
+    day: float = 3 * 365
+
+
+class Tally(NamedTuple):
+    """How many calls, and when the last of them was."""
+
+    calls: int
+    last: int
+
+    def and_also(self, other: Tally) -> Tally:
+        """Put two together."""
+        return Tally(self.calls + other.calls, max(self.last, other.last))
+
+
+_NONE: Final = Tally(0, 0)
+
+
+class Expired(NamedTuple):
+    """Rows of a table that are too old: those whose ``column`` is below ``oldest``."""
+
+    table: str
+    column: str
+    oldest: int
+    step: Step | None = None
+
+
+def expired(retention: Retention, now: int) -> list[Expired]:
+    """Name what is to be forgotten at a moment."""
+
+    def before(days: float) -> int:
+        return now - int(days * DAY)
+
+    return [
+        Expired("usage_events", "time", before(retention.events)),
+        *(Expired("usage_series", "start", before(getattr(retention, step)), step) for step in STEPS),
+        *(
+            Expired(table, "start", before(getattr(retention, step)), step)
+            for table in ("usage_routes", "usage_addresses")
+            for step in MOST_DISTINCT
+        ),
+        Expired("usage_refusals", "minute", now - LONGEST),
+        Expired("usage_batches", "at", now - LONGEST),
+    ]
+
+
+def series(events: Iterable[Event]) -> list[tuple[Step, int, str, int, int]]:
+    """Count by step, its start, key and status."""
+    width = STEPS["minute"]
+    counted = Counter((event.time // width, event.key_id, event.status) for event in events)
+    sums: Counter[tuple[Step, int, str, int]] = Counter()
+    for (minute, key, status), calls in counted.items():
+        for step, longer in STEPS.items():
+            sums[(step, minute * width // longer * longer, key, status)] += calls
+    return sorted((*entry, calls) for entry, calls in sums.items())
+
+
+def keys(events: Iterable[Event]) -> list[tuple[str, str, int, int, int]]:
+    """Give each key's machine, first and last call, and how many there were."""
+    seen: dict[str, tuple[str, int, int, int]] = {}
+    for event in events:
+        machine, first, last, calls = seen.get(event.key_id, (event.machine_id, event.time, event.time, 0))
+        seen[event.key_id] = (machine, min(first, event.time), max(last, event.time), calls + 1)
+    return sorted((key, *values) for key, values in seen.items())
+
+
+def tallies(events: Sequence[Event], column: Column) -> dict[tuple[str, Counted, int], dict[str, Tally]]:
+    """Tally a column's values, for each key, step and its start."""
+    place = Event._fields.index(column)
+    ordered = sorted(events, key=lambda event: event.time)
+    entries = [(event.key_id, event.time // HOUR, str(event[place])) for event in ordered]
+    last = dict(
+        zip(entries, (event.time for event in ordered), strict=True)
+    )  # of equal entries the latest stays
+    found: dict[tuple[str, Counted, int], dict[str, Tally]] = {}
+    for entry, calls in Counter(entries).items():
+        key, hour, value = entry
+        for step in MOST_DISTINCT:
+            values = found.setdefault((key, step, hour * HOUR // STEPS[step] * STEPS[step]), {})
+            values[value] = Tally(calls, last[entry]).and_also(values.get(value, _NONE))
+    return dict(sorted(found.items()))
+
+
+def by_minute(refusals: Iterable[Refusals]) -> dict[tuple[int, str], dict[str, Tally]]:
+    """Tally the networks of refusals, for each minute and reason."""
+    found: dict[tuple[int, str], dict[str, Tally]] = {}
+    for entry in refusals:
+        networks = found.setdefault((entry.minute, entry.reason), {})
+        one = Tally(entry.calls, entry.minute)
+        networks[entry.network] = one.and_also(networks.get(entry.network, _NONE))
+    return dict(sorted(found.items()))
+
+
+def capped(values: Mapping[str, Tally], known: AbstractSet[str], most: int) -> dict[str, Tally]:
+    """Keep values that have a row (``known``), and new ones, the most called first, while there is room."""
+    room = most - len(known - {OTHER})
+    kept: dict[str, Tally] = {}
+    for value, tally in sorted(values.items(), key=lambda item: (-item[1].calls, item[0])):
+        if value not in known and value != OTHER:
+            room -= 1
+        name = value if value in known or room >= 0 else OTHER
+        kept[name] = kept[name].and_also(tally) if name in kept else tally
+    return dict(sorted(kept.items()))
