@@ -10,7 +10,8 @@ _HOUR: Final = 60 * _MINUTE
 _DAY: Final = 24 * _HOUR
 _KEPT: Final = 168  # hours
 _MEMORY: Final = 28  # days of worst counts
-_LIMIT_FACTOR: Final = 2.0
+_LIMIT_FACTOR: Final = 1.25
+_REMEMBERED: Final = 1.2  # of a limit: an attack must not hide the next
 
 
 class Window(NamedTuple):
@@ -72,7 +73,7 @@ class Repetition:
             limit = max(window.least, _LIMIT_FACTOR * self._before_today(time // _DAY, place))
             if count >= limit and told is None:
                 told = Repeated(count, window.minutes)
-            self._note(time // _DAY, place, int(min(count, limit * 1.2)))
+            self._note(time // _DAY, place, int(min(count, limit * _REMEMBERED)))
         return told
 
     def _add_ten(self, ten: int, times: int) -> None:

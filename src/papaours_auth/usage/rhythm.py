@@ -15,6 +15,9 @@ _DAYS: Final = 7 * _WEEKS
 _LEARNED: Final = 2 * _WEEK
 _MOST_GROWTH: Final = 2.5
 _NEVER: Final = 1 << 62
+_HIGHEST: Final = 30.0  # a score no count reaches
+_UNSURE: Final = 0.5
+_RUN: Final = 3  # hours in a row
 _LOUDER: Final = 1.25  # told again when the count has grown by so much
 
 
@@ -29,6 +32,7 @@ class Scale(NamedTuple):
 
 
 HOUR: Final = Scale(damping=15, least_score=math.log(2.0), margin=1.15, slack=0.15, least_excess=30)
+RUN: Final = Scale(damping=15, least_score=math.log(1.8), margin=1.15, slack=0.1, least_excess=20)
 DAY: Final = Scale(damping=60, least_score=math.log(1.8), margin=1.25, slack=0.15, least_excess=60)
 
 
@@ -46,80 +50,81 @@ class Rise(NamedTuple):
 
 
 class Meter:
-    """Judges counts of one scale against what is expected, by the worst scores of the last five weeks."""
+    """Judges counts of one scale by the worst scores of the last five weeks."""
 
-    __slots__ = ("_best", "_ceiling", "_peaks", "_scale", "expected", "limit")
+    __slots__ = ("_best", "_peaks", "_scale", "ceiling")
 
     def __init__(self, scale: Scale, state: list[float] | None = None) -> None:
         self._scale = scale
-        self.expected, self._ceiling, self._best, limit, *self._peaks = state or (0.0, math.inf, 0.0, _NEVER)
-        self.limit = int(limit)
+        self.ceiling, self._best, *self._peaks = state or (_HIGHEST, 0.0)
 
     def state(self) -> list[float]:
         """Give what `__init__` takes."""
-        ceiling = min(self._ceiling, 99.0)  # JSON has no infinity
-        return [self.expected, ceiling, self._best, self.limit, *self._peaks]
+        return [self.ceiling, self._best, *self._peaks]
 
-    def open(self, expected: float, *, learned: bool) -> None:
-        """Begin to count, with what is to be expected."""
+    def score(self, count: int, expected: float) -> float:
+        """Say how much more a count is than what was expected."""
+        return math.log((count + self._scale.damping) / (expected + self._scale.damping))
+
+    def limit(self, expected: float) -> int:
+        """Give the count from which on it is too much."""
         scale = self._scale
-        self.expected = expected
-        worst = max(self._peaks, default=0.0)
-        unsure = 1.0 + 0.5 * (1.0 - len(self._peaks) / _DAYS)  # a short memory knows few bursts
-        self._ceiling = max(scale.least_score, worst * scale.margin * unsure + scale.slack)
-        at = (expected + scale.damping) * math.exp(min(self._ceiling, 30.0)) - scale.damping
-        self.limit = math.ceil(max(at, expected + scale.least_excess)) if learned else _NEVER
+        at = (expected + scale.damping) * math.exp(self.ceiling) - scale.damping
+        return math.ceil(max(at, expected + scale.least_excess))
 
-    def close(self, count: int) -> None:
-        """End the counting. An unusual count is remembered as just unusual: see docs/design/signs.md."""
-        score = math.log((count + self._scale.damping) / (self.expected + self._scale.damping))
-        self._best = max(self._best, min(score, self._ceiling * 1.1))
+    def note(self, score: float) -> None:
+        """Remember a score; an unusual one as just unusual: see docs/design/signs.md."""
+        self._best = max(self._best, min(score, self.ceiling * 1.1))
 
-    def day(self, skipped: int) -> None:
-        """End a day, and so many without a call."""
+    def end_day(self, skipped: int) -> None:
+        """End a day, and so many after it without a call; settle the limits of the next."""
         self._peaks = [*self._peaks, self._best, *[0.0] * min(skipped, _DAYS)][-_DAYS:]
         self._best = 0.0
+        scale = self._scale
+        unsure = 1.0 + _UNSURE * (1.0 - len(self._peaks) / _DAYS)  # a short memory knows few bursts
+        self.ceiling = max(scale.least_score, max(self._peaks) * scale.margin * unsure + scale.slack)
 
-    def told(self, count: int) -> None:
-        """Do not tell again before it is much more."""
-        self.limit = max(math.ceil(count * _LOUDER), count + 1)
 
-
-State: TypeAlias = "tuple[str, int, int, int, float, list[float], list[float]]"
+State: TypeAlias = "tuple[str, list[int], list[float], list[list[float]]]"
 
 
 class Rhythm:
     """Counts calls by hour, and tells when there are too many. Hours are numbered from 1970, in UTC."""
 
-    __slots__ = ("_counts", "_day", "_filled", "_growth", "_hour", "_today", "_top")
+    __slots__ = (
+        "_counts", "_day", "_day_limit", "_filled", "_growth", "_hour", "_hour_limit", "_run", "_scores",
+        "_today", "_top", "_usual", "_usual_today",
+    )  # fmt: skip
 
     def __init__(self, state: State | None = None) -> None:
-        text, self._top, self._filled, self._today, self._growth, hour, day = state or (
-            "", -1, 0, 0, 1.0, None, None,
-        )  # fmt: skip
+        text, numbers, figures, meters = state or ("", [-1, 0, 0, _NEVER, _NEVER], [1.0, 0.0, 0.0], [None] * 3)
         self._counts = array("I", base64.b64decode(text) or bytes(4 * _SPAN))
-        self._hour, self._day = Meter(HOUR, hour), Meter(DAY, day)
+        self._top, self._filled, self._today, self._hour_limit, self._day_limit = numbers
+        self._growth, self._usual, self._usual_today, *self._scores = figures
+        self._hour, self._run, self._day = map(Meter, (HOUR, RUN, DAY), meters)
 
     def state(self) -> State:
         """Give what `__init__` takes, made of what JSON knows."""
-        text = base64.b64encode(self._counts.tobytes()).decode("ascii")
         return (
-            text, self._top, self._filled, self._today, self._growth, self._hour.state(), self._day.state(),
-        )  # fmt: skip
+            base64.b64encode(self._counts.tobytes()).decode("ascii"),
+            [self._top, self._filled, self._today, self._hour_limit, self._day_limit],
+            [self._growth, self._usual, self._usual_today, *self._scores],
+            [meter.state() for meter in (self._hour, self._run, self._day)],
+        )
 
     def count(self, hour: int) -> Rise | None:
-        """Count a call in an hour; give what is too much, once for each quarter it grows by."""
+        """Count a call in an hour; give what is too much, and again when it has grown by a quarter."""
         if hour != self._top and not self._arrive(hour):
             return None
         place = hour % _SPAN
         self._counts[place] += 1
         self._today += 1
-        if self._counts[place] >= self._hour.limit:
-            self._hour.told(self._counts[place])
-            return Rise("hour", self._counts[place], self._hour.expected)
-        if self._today >= self._day.limit:
-            self._day.told(self._today)
-            return Rise("day", self._today, self._day.expected)
+        if self._counts[place] >= self._hour_limit:
+            self._hour_limit = math.ceil(self._counts[place] * _LOUDER)
+            return Rise("hour", self._counts[place], self._usual)
+        if self._today >= self._day_limit:
+            self._day_limit = math.ceil(self._today * _LOUDER)
+            return Rise("day", self._today, self._usual_today)
         return None
 
     def _arrive(self, hour: int) -> bool:
@@ -129,39 +134,50 @@ class Rhythm:
             self._today += hour // 24 == self._top // 24
             return False
         if self._top < 0 or not 0 < hour - self._top < _SPAN:
-            self._begin(hour)
+            self.__init__()  # type: ignore[misc] # nothing it knows is of these weeks
+            self._top = hour
         else:
             self._advance(hour)
         return True
 
-    def _begin(self, hour: int) -> None:
-        self._counts = array("I", bytes(4 * _SPAN))
-        self._top, self._filled, self._today, self._growth = hour, 0, 0, 1.0
-        self._hour, self._day = Meter(HOUR), Meter(DAY)
-
     def _advance(self, hour: int) -> None:
         days = hour // 24 - self._top // 24
         if self._filled >= _WEEK:
-            self._hour.close(self._counts[self._top % _SPAN])
+            self._close(hour - self._top)
             if days:
-                self._day.close(self._today)
-                self._hour.day(days - 1)
-                self._day.day(days - 1)
+                self._day.note(self._day.score(self._today, self._usual_today))
+                for meter in (self._hour, self._run, self._day):
+                    meter.end_day(days - 1)
         for passed in range(self._top + 1, hour + 1):
             self._counts[passed % _SPAN] = 0
         self._filled = min(self._filled + hour - self._top, _SPAN)
         self._top = hour
-        self._open(new_day=days > 0)
+        if days:
+            self._today = 0
+        if self._filled >= _WEEK:
+            self._open(new_day=days > 0)
+
+    def _close(self, steps: int) -> None:
+        """Score the hour that has ended, and the run of hours it ends."""
+        score = self._hour.score(self._counts[self._top % _SPAN], self._usual)
+        self._hour.note(score)
+        self._scores.append(score)
+        if len(self._scores) == _RUN:
+            self._run.note(min(self._scores))
+        self._scores = self._scores[-_RUN + 1 :] if steps == 1 else []
 
     def _open(self, *, new_day: bool) -> None:
-        if self._filled < _WEEK:
-            return
-        learned = self._filled >= _LEARNED
         if new_day:
-            self._today = 0
             self._growth = self._grown()
-            self._day.open(self._usual_day() * self._growth, learned=learned)
-        self._hour.open(self._usual_hour() * self._growth, learned=learned)
+            self._usual_today = self._usual_day() * self._growth
+        self._usual = self._usual_hour() * self._growth
+        if self._filled < _LEARNED:
+            return
+        if new_day:
+            self._day_limit = self._day.limit(self._usual_today)
+        self._hour_limit = self._hour.limit(self._usual)
+        if len(self._scores) == _RUN - 1 and min(self._scores) >= self._run.ceiling:
+            self._hour_limit = min(self._hour_limit, self._run.limit(self._usual))
 
     def _weeks(self) -> range:
         """Number the past weeks that are known."""
