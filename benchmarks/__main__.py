@@ -23,6 +23,7 @@ NAMES: Final = (
     "server",
     "revocation",
     "outage",
+    "signs",
 )
 
 

@@ -1,12 +1,12 @@
 """A labelled world: 50 keys that call for 90 days, each in its own way, and attacks planted among them.
 
-It knows nothing of the detector: it imports the shape of an event from the library, and nothing else. Everything follows
-from the seed.
+It knows nothing of the detector: it imports the shape of an event from the library, and nothing else. Everything
+follows from the seed.
 
-What is ordinary, and looks like an attack to a naive eye: bursts of webhooks, month-end runs, holidays and the days after them,
-deployments (new routes, new addresses, sometimes a minute of wrong keys), clients that roam, routes called once a month,
-typing errors, customers whose cron job still has a deleted key, networks that fail a little every day, keys that
-begin late, use that doubles for good, and a change of clocks.
+What is ordinary, and looks like an attack to a naive eye: bursts of webhooks, month-end runs, holidays and the days
+after them, deployments (new routes, new addresses, sometimes a minute of wrong keys), clients that roam, routes
+called once a month, typing errors, customers whose cron job still has a deleted key, networks that fail a little every
+day, keys that begin late, use that doubles for good, and a change of clocks.
 """
 
 from __future__ import annotations
@@ -162,7 +162,8 @@ class World:
         return f"{rnd.randint(100, 191)}.{rnd.randint(0, 255)}.{rnd.randint(0, 255)}"
 
     def _prefix6(self) -> str:
-        return f"2a0{self.random.randrange(16):x}:{self.random.randrange(1 << 16):x}:{self.random.randrange(1 << 16):x}"
+        rnd = self.random
+        return f"2a0{rnd.randrange(16):x}:{rnd.randrange(1 << 16):x}:{rnd.randrange(1 << 16):x}"
 
     # what changes
 
@@ -191,9 +192,7 @@ class World:
         address = caller.addresses[0] if caller.addresses else "198.18.0.1"
         for _ in range(rnd.randint(2, 14)):
             at = begin + rnd.uniform(0, 600)
-            caller.misfires[_hour(at)].append(
-                Call(at, address, *caller.routes[0], 401, "wrong_environment")
-            )
+            caller.misfires[_hour(at)].append(Call(at, address, *caller.routes[0], 401, "wrong_environment"))
 
     def _strangers(self) -> None:
         """Refusals of keys nobody knows: typing errors, scanners of the internet, a forgotten cron job."""
@@ -263,8 +262,10 @@ class World:
                         change(caller, rnd)
             fed: list[tuple[float, str, str, Call | tuple[float, str, str, int]]] = []
             for caller in self.callers:
-                for call in self._calls(caller, hour):
-                    fed.append((call.at + rnd.uniform(0, 3), caller.key, caller.machine, call))
+                fed += [
+                    (call.at + rnd.uniform(0, 3), caller.key, caller.machine, call)
+                    for call in self._calls(caller, hour)
+                ]
             fed += [(refused[0] + 61, "", "", refused) for refused in self.refused.get(hour, ())]
             for _, key, machine, what in sorted(fed, key=lambda entry: entry[0]):
                 number += 1
@@ -279,12 +280,20 @@ class World:
         if rnd.random() < caller.bursts_per_week / 168:
             count += _poisson(caller.day_calls * caller.burst_size * rnd.lognormvariate(0, 0.6), rnd)
         calls = [_ordinary(caller, begin + rnd.random() * HOUR_S, rnd) for _ in range(count)]
-        for route in caller.rare:
-            if rnd.random() < 1 / (24 * 12):  # about every twelve days
-                calls.append(Call(begin + rnd.random() * HOUR_S, _address(caller, rnd), *route, 200))
+        calls += [
+            Call(begin + rnd.random() * HOUR_S, _address(caller, rnd), *route, 200)
+            for route in caller.rare
+            if rnd.random() < 1 / (24 * 12)  # about every twelve days
+        ]
         if rnd.random() < caller.stray / 24:  # a refusal now and then
             calls.append(
-                Call(begin + rnd.random() * HOUR_S, _address(caller, rnd), *caller.routes[0], 401, "key_expired")
+                Call(
+                    begin + rnd.random() * HOUR_S,
+                    _address(caller, rnd),
+                    *caller.routes[0],
+                    401,
+                    "key_expired",
+                )
             )
         return calls + caller.planted.get(hour, []) + caller.misfires.get(hour, [])
 
@@ -419,9 +428,17 @@ def harvest(world: World, caller: Caller, at: float, strength: str) -> Planted:
     """The stolen key is used from the machine itself, on its own routes, and much."""
     rnd = world.random
     peak = world.plain_peak(caller)
-    factor, hours = {"2 x peak hour": (2, 8), "4 x peak hour": (4, 4), "8 x peak hour": (8, 2), "25 x peak hour": (25, 1)}[strength]
+    factor, hours = {
+        "2 x peak hour": (2, 8),
+        "4 x peak hour": (4, 4),
+        "8 x peak hour": (8, 2),
+        "25 x peak hour": (25, 1),
+    }[strength]
     count = int(max(factor * peak, 15 * factor) * hours)
-    address = (lambda: rnd.choice(caller.addresses)) if caller.addresses else (lambda: caller_address(caller, rnd))
+
+    def address() -> str:
+        return rnd.choice(caller.addresses) if caller.addresses else caller_address(caller, rnd)
+
     known = caller.routes[: max(1, len(caller.routes) // 2)]
     calls = [
         Call(at + rnd.uniform(0, hours * 3600), address(), *rnd.choice(known), 200) for _ in range(count)
@@ -452,7 +469,9 @@ def tried_key(world: World, caller: Caller, at: float, strength: str) -> Planted
     count, seconds = FAILING[strength]
     address = caller.addresses[0] if caller.addresses else caller_address(caller, rnd)
     reason = rnd.choice(["key_inactive", "key_expired", "wrong_environment"])
-    calls = [Call(at + rnd.uniform(0, seconds), address, *caller.routes[0], 401, reason) for _ in range(count)]
+    calls = [
+        Call(at + rnd.uniform(0, seconds), address, *caller.routes[0], 401, reason) for _ in range(count)
+    ]
     return _put(caller, calls)
 
 
@@ -493,8 +512,14 @@ def pushes_doors(world: World, caller: Caller, at: float, strength: str) -> Plan
 
 Plant = Callable[[World, Caller, float, str], Planted]
 ATTACKS: Final[list[tuple[str, str, int, Plant]]] = [
-    *[("addresses", strength, 5, from_elsewhere) for strength in ("one call", "20 calls", "20 calls, next door", "200 calls")],
-    *[("rise", strength, 5, harvest) for strength in ("2 x peak hour", "4 x peak hour", "8 x peak hour", "25 x peak hour")],
+    *[
+        ("addresses", strength, 5, from_elsewhere)
+        for strength in ("one call", "20 calls", "20 calls, next door", "200 calls")
+    ],
+    *[
+        ("rise", strength, 5, harvest)
+        for strength in ("2 x peak hour", "4 x peak hour", "8 x peak hour", "25 x peak hour")
+    ],
     *[("errors", strength, 3, tried_key) for strength in FAILING],
     *[("errors", strength, 3, guessed_keys) for strength in FAILING],
     *[("resources", strength, 4, looks_around) for strength in ("one call", "10 calls", "200 calls")],

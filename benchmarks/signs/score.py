@@ -107,9 +107,7 @@ def _of(world: World, sign: str) -> Iterable[Attack]:
 def _hits(raised: Raised, attack: Attack) -> bool:
     alert = raised.alert
     first, last = alert.first / MICRO, alert.last / MICRO
-    return (
-        alert.subject.id == attack.subject and first <= attack.end + AFTER and last >= attack.begin - 60
-    )
+    return alert.subject.id == attack.subject and first <= attack.end + AFTER and last >= attack.begin - 60
 
 
 def over(seeds: Iterable[int], **options: float) -> tuple[dict[str, Score], int]:

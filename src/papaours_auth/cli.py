@@ -565,6 +565,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--client", metavar="ADDRESS", help="the caller's address")
     command.add_argument("--needs", metavar="RIGHT", action="append", default=[])
+
+    from .cli_signs import add_signs  # it imports this module
+
+    add_signs(commands)
     return parser
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from .alerts import Alert, Sign
 from .event import Call, Event, Outcome, Refusals
 from .recorder import Recorder, Stats
 from .sinks import Batch, CallableSink, Sink, open_sink
 
 __all__ = [
+    "Alert",
     "Batch",
     "Call",
     "CallableSink",
@@ -14,6 +16,7 @@ __all__ = [
     "Outcome",
     "Recorder",
     "Refusals",
+    "Sign",
     "Sink",
     "Stats",
     "open_sink",

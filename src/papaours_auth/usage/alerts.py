@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final, Literal, NamedTuple, TypeAlias
 
@@ -11,6 +11,7 @@ _HOUR: Final = 3_600_000_000
 OPEN_FOR: Final = 24 * _HOUR
 """An alert that was not extended for so long (µs) is closed: the next finding opens another."""
 FOREVER: Final = 1 << 62
+"""The end of a muting without one."""
 _LISTED: Final = 10  # names in one figure
 
 Figure: TypeAlias = "int | float | str | list[str]"
@@ -64,12 +65,14 @@ _KEY_STEPS: Final = {
 }
 _NETWORK_STEPS: Final = {
     "en": (
-        "No known key was presented, so there is none to disable: somebody tries keys, or a system still uses one that was deleted.",
+        "No known key was presented, so there is none to disable.",
+        "Somebody tries keys, or a system still uses one that was deleted.",
         "If the network is one of your systems', update it with the new key.",
         "If it is not, inform your administrator, who can refuse the network.",
     ),
     "fr": (
-        "Aucune clé connue n'a été présentée, il n'y en a donc pas à désactiver : quelqu'un essaie des clés, ou un système utilise encore une clé supprimée.",
+        "Aucune clé connue n'a été présentée : il n'y en a pas à désactiver.",
+        "Quelqu'un essaie des clés, ou un système utilise encore une clé supprimée.",
         "Si ce réseau est celui d'un de vos systèmes, mettez-le à jour avec la nouvelle clé.",
         "Sinon, informez votre administrateur, qui peut refuser ce réseau.",
     ),
@@ -131,16 +134,13 @@ class Alert:
 
     def extended(self, finding: Finding) -> Alert:
         """Give it with one more finding."""
-        return Alert(
-            self.id,
-            self.sign,
-            self.subject,
-            worse(self.severity, finding.severity),
-            min(self.first, finding.time),
-            max(self.last, finding.time),
-            self.findings + 1,
-            _merged(self.sign, self.evidence, finding.evidence),
-            self.muted_until,
+        return replace(
+            self,
+            severity=worse(self.severity, finding.severity),
+            first=min(self.first, finding.time),
+            last=max(self.last, finding.time),
+            findings=self.findings + 1,
+            evidence=_merged(self.sign, self.evidence, finding.evidence),
         )
 
 
@@ -177,25 +177,28 @@ def _listed(names: Iterable[str]) -> list[str]:
 
 
 class Book:
-    """The latest alert of each sign and subject, and what changed in it since `changed` was last asked."""
+    """The latest alert of each sign and subject, and what changed in them."""
 
     def __init__(self, latest: Iterable[Alert] = ()) -> None:
-        self._latest = {(alert.subject.id, alert.sign): alert for alert in latest}
-        self._changed: dict[int, Alert] = {}
-        self._numbers: dict[tuple[str, Sign], int] = {}
+        self._latest = {(*alert.subject[:2], alert.sign): alert for alert in latest}
+        self._changed: list[Alert] = []
+        self._numbers: dict[tuple[str, str, Sign], int] = {}
 
     def note(self, finding: Finding) -> Alert:
         """Extend the open alert, or open one; one that is muted stays so."""
-        place = (finding.subject.id, finding.sign)
+        place = (*finding.subject[:2], finding.sign)
         before = self._latest.get(place)
-        if before is not None and before.takes(finding):
+        extends = before is not None and before.takes(finding)
+        if before is not None and extends:
             alert = before.extended(finding)
         else:
             alert = opened(finding, before.muted_until if before is not None else 0)
+        self._latest[place] = alert = self._together(alert)
+        if extends and place in self._numbers:
+            self._changed[self._numbers[place]] = alert
+        else:
             self._numbers[place] = len(self._changed)
-        alert = self._together(alert)
-        self._latest[place] = alert
-        self._changed[self._numbers.setdefault(place, len(self._changed))] = alert
+            self._changed.append(alert)
         return alert
 
     def _together(self, alert: Alert) -> Alert:
@@ -203,14 +206,11 @@ class Book:
         if alert.subject.kind != "key" or alert.severity == "high":
             return alert
         for sign in Sign:
-            other = self._latest.get((alert.subject.id, sign))
+            other = self._latest.get((*alert.subject[:2], sign))
             if other is not None and sign is not alert.sign and abs(alert.last - other.last) < OPEN_FOR:
-                return Alert(
-                    alert.id, alert.sign, alert.subject, "high", alert.first, alert.last, alert.findings,
-                    alert.evidence, alert.muted_until,
-                )  # fmt: skip
+                return replace(alert, severity="high")
         return alert
 
     def changed(self) -> list[Alert]:
         """Give the alerts opened or extended since the book was made, in the order of their opening."""
-        return list(self._changed.values())
+        return list(self._changed)

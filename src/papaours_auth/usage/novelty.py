@@ -74,4 +74,3 @@ class Familiar:
             del self._coarse[min(self._coarse, key=self._coarse.__getitem__)]
         self._fine[name] = seen
         self._coarse[coarse] = seen[1]
-

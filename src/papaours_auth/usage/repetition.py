@@ -53,7 +53,7 @@ class Repetition:
 
     @property
     def total(self) -> int:
-        """How many there were in the week that is kept."""
+        """How many there were in the hours that are kept."""
         return sum(self._hours.values())
 
     def count(self, time: int, times: int = 1) -> Repeated | None:
@@ -61,8 +61,8 @@ class Repetition:
         self._add_ten(time // _TEN, times)
         hour = time // _HOUR
         self._hours[hour] = self._hours.get(hour, 0) + times
-        if len(self._hours) > _KEPT or hour - min(self._hours) >= _KEPT:
-            self._forget(hour)
+        if len(self._hours) > _KEPT:  # the farthest goes, so that one absurd time costs one hour
+            del self._hours[max(self._hours, key=lambda kept: abs(hour - kept))]
         found = [
             (BURST, self._now + self._before if time // _TEN == self._ten else 0, 0),
             (DAY, self._spread(hour, 24, DAY), 1),
@@ -83,11 +83,6 @@ class Repetition:
             self._before = self._now if ten == self._ten + 1 else 0
             self._ten, self._now = ten, times
 
-    def _forget(self, hour: int) -> None:
-        self._hours = {kept: times for kept, times in self._hours.items() if abs(hour - kept) < _KEPT}
-        while len(self._hours) > _KEPT:
-            del self._hours[min(self._hours)]
-
     def _spread(self, hour: int, length: int, window: Window) -> int:
         """Count a window that ends with this hour; 0 where it is no steady run but a burst or two."""
         inside = [kept for kept in self._hours if 0 <= hour - kept < length]
@@ -103,7 +98,9 @@ class Repetition:
         )
 
     def _note(self, day: int, place: int, count: int) -> None:
-        if not self._worst or self._worst[-1][0] != day:
-            self._worst.append([day, 0, 0, 0])
+        worst = next((entry for entry in self._worst if entry[0] == day), None)
+        if worst is None:
+            worst = [day, 0, 0, 0]
+            self._worst.append(worst)
             del self._worst[:-_MEMORY]
-        self._worst[-1][place + 1] = max(self._worst[-1][place + 1], count)
+        worst[place + 1] = max(worst[place + 1], count)

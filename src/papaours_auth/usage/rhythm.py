@@ -56,7 +56,8 @@ class Meter:
 
     def __init__(self, scale: Scale, state: list[float] | None = None) -> None:
         self._scale = scale
-        self.ceiling, self._best, *self._peaks = state or (_HIGHEST, 0.0)
+        self.ceiling, self._best, *peaks = state or [_HIGHEST, 0.0]
+        self._peaks = peaks
 
     def state(self) -> list[float]:
         """Give what `__init__` takes."""
@@ -97,11 +98,22 @@ class Rhythm:
     )  # fmt: skip
 
     def __init__(self, state: State | None = None) -> None:
-        text, numbers, figures, meters = state or ("", [-1, 0, 0, _NEVER, _NEVER], [1.0, 0.0, 0.0], [None] * 3)
-        self._counts = array("I", base64.b64decode(text) or bytes(4 * _SPAN))
+        if state is None:
+            self._begin(-1)
+            return
+        text, numbers, figures, meters = state
+        self._counts = array("I", base64.b64decode(text))
         self._top, self._filled, self._today, self._hour_limit, self._day_limit = numbers
         self._growth, self._usual, self._usual_today, *self._scores = figures
         self._hour, self._run, self._day = map(Meter, (HOUR, RUN, DAY), meters)
+
+    def _begin(self, hour: int) -> None:
+        self._counts = array("I", bytes(4 * _SPAN))
+        self._top, self._filled, self._today = hour, 0, 0
+        self._hour_limit = self._day_limit = _NEVER
+        self._growth, self._usual, self._usual_today = 1.0, 0.0, 0.0
+        self._scores: list[float] = []
+        self._hour, self._run, self._day = Meter(HOUR), Meter(RUN), Meter(DAY)
 
     def state(self) -> State:
         """Give what `__init__` takes, made of what JSON knows."""
@@ -134,8 +146,7 @@ class Rhythm:
             self._today += hour // 24 == self._top // 24
             return False
         if self._top < 0 or not 0 < hour - self._top < _SPAN:
-            self.__init__()  # type: ignore[misc] # nothing it knows is of these weeks
-            self._top = hour
+            self._begin(hour)  # nothing it knows is of these weeks
         else:
             self._advance(hour)
         return True

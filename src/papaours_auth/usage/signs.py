@@ -12,7 +12,8 @@ from functools import lru_cache
 from ipaddress import ip_network
 from typing import Final, TypeAlias
 
-from .alerts import Finding, Severity, Sign, Subject
+from ..exceptions import Reason
+from .alerts import Evidence, Finding, Severity, Sign, Subject
 from .event import Event, Refusals, network_of
 from .novelty import Familiar
 from .repetition import Repeated, Repetition
@@ -30,11 +31,13 @@ _SEGMENTS: Final = 3
 _SEGMENT: Final = 32
 _MOST: Final = 10_000  # subjects in memory
 _NOT_A_FAILURE: Final = frozenset({"", "insufficient_rights", "store_unavailable"})
-_ATTEMPTS: Final = frozenset({"malformed_key", "unknown_key", "ambiguous_credentials", "too_many_failures"})
+ATTEMPTS: Final = frozenset({"malformed_key", "unknown_key", "ambiguous_credentials", "too_many_failures"})
+"""The reasons of refusals that are failed authentication: not a missing key, and no outage of ours."""
+_REASONS: Final = frozenset(Reason)
 _READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _LOUD: Final = 10  # from this ratio on, a rise is high
 _MANY: Final = 100  # failures that are high at once
-_ID: Final = re.compile(r"[{<:*]|\d")
+_ID: Final = re.compile(r"[{<:*]|\d|_[a-z]{12}")  # the last: what may be a key's text must not be kept
 _VERSION: Final = re.compile(r"v\d{1,3}")
 
 
@@ -51,7 +54,7 @@ def route_group(method: str, route: str) -> tuple[str, str]:
 def _segment(part: str) -> str:
     if _VERSION.fullmatch(part):
         return part
-    return "*" if len(part) > _SEGMENT or _ID.search(part) else part
+    return "*" if len(part) > _SEGMENT or _ID.search(part) or not part.isprintable() else part
 
 
 @lru_cache(maxsize=4096)
@@ -104,8 +107,7 @@ class Clock:
         self._move(nearer)
         self._latest = nearer
         if abs(time - nearer) > _FAR:
-            self._aside = max(time, other, key=lambda at: abs(at - latest))
-            return time == nearer
+            return False
         self._aside = None
         self._move(time)
         return True
@@ -162,11 +164,22 @@ class KeyHabits:
         days = self._clock.age // _DAY
         fine, coarse = networks_of(event.address)
         if fine != "unknown" and self._networks.meet(fine, coarse, event.time, learning=learning):
-            evidence = {"networks": [fine], "calls": 1, "known_networks": len(self._networks) - 1, "days": days}
+            evidence: Evidence = {
+                "networks": [fine],
+                "calls": 1,
+                "known_networks": len(self._networks) - 1,
+                "days": days,
+            }
             yield Finding(Sign.ADDRESSES, subject, event.time, "medium", evidence)
         yield from self._resource(event, subject, learning=learning, days=days)
-        if believed:
-            yield from self._rates(event, subject)
+        if event.reason not in _NOT_A_FAILURE or event.status == 401:
+            yield from self._failed(event, subject)
+            return
+        rise = self._rhythm.count(event.time // _HOUR) if believed else None
+        if rise is not None:
+            yield _rise(subject, event.time, rise)
+        if self._denied(event):
+            yield from self._denial(event, subject)
 
     def _resource(self, event: Event, subject: Subject, *, learning: bool, days: int) -> Iterator[Finding]:
         if event.status in (401, 404) or event.reason not in ("", "insufficient_rights"):
@@ -174,30 +187,29 @@ class KeyHabits:
         group, resource = route_group(event.method, event.route)
         if self._routes.meet(group, resource, event.time, learning=learning):
             severity: Severity = "low" if group.startswith("read") else "medium"
-            evidence = {"routes": [group], "calls": 1, "known_routes": len(self._routes) - 1, "days": days}
+            evidence: Evidence = {
+                "routes": [group],
+                "calls": 1,
+                "known_routes": len(self._routes) - 1,
+                "days": days,
+            }
             yield Finding(Sign.RESOURCES, subject, event.time, severity, evidence)
 
-    def _rates(self, event: Event, subject: Subject) -> Iterator[Finding]:
-        failed = event.reason not in _NOT_A_FAILURE or event.status == 401
-        if failed:
-            repeated = self._failures.count(event.time)
-            if repeated is not None:
-                reason = event.reason or str(event.status)
-                yield _errors(subject, event.time, repeated, reason, network_of(event.address))
-            return
-        rise = self._rhythm.count(event.time // _HOUR)
-        if rise is not None:
-            yield _rise(subject, event.time, rise)
-        if self._denied(event):
-            repeated = self._denials.count(event.time)
-            if repeated is not None:
-                evidence = {
-                    "refused": repeated.times,
-                    "minutes": repeated.minutes,
-                    "refused_routes": [route_group(event.method, event.route)[0]],
-                }
-                severity: Severity = "high" if repeated.times >= _MANY else "medium"
-                yield Finding(Sign.RESOURCES, subject, event.time, severity, evidence)
+    def _failed(self, event: Event, subject: Subject) -> Iterator[Finding]:
+        repeated = self._failures.count(event.time)
+        if repeated is not None:
+            yield _errors(subject, event.time, repeated, event.reason, networks_of(event.address)[0])
+
+    def _denial(self, event: Event, subject: Subject) -> Iterator[Finding]:
+        repeated = self._denials.count(event.time)
+        if repeated is not None:
+            evidence: Evidence = {
+                "refused": repeated.times,
+                "minutes": repeated.minutes,
+                "refused_routes": [route_group(event.method, event.route)[0]],
+            }
+            severity: Severity = "high" if repeated.times >= _MANY else "medium"
+            yield Finding(Sign.RESOURCES, subject, event.time, severity, evidence)
 
     def _denied(self, event: Event) -> bool:
         if event.status == 404:
@@ -209,17 +221,12 @@ class NetworkHabits:
     """How often a network presented what is no known key."""
 
     def __init__(self, text: str | None = None) -> None:
-        state = json.loads(text) if text else (None, None)
-        self._clock, self._failures = Clock(state[0]), Repetition(state[1])
+        self.seen, state = json.loads(text) if text else (0, None)
+        self._failures = Repetition(state)
 
     def dump(self) -> str:
         """Write it down, for `__init__` to read."""
-        return json.dumps([self._clock.state(), self._failures.state()], separators=(",", ":"))
-
-    @property
-    def seen(self) -> int:
-        """When it was last seen (µs), as far as that is believed."""
-        return self._clock.now
+        return json.dumps([self.seen, self._failures.state()], separators=(",", ":"))
 
     @property
     def weight(self) -> int:
@@ -228,8 +235,9 @@ class NetworkHabits:
 
     def refusals(self, refusals: Refusals) -> Iterator[Finding]:
         """Learn from refusals, and give what is unusual in them."""
-        if refusals.reason not in _ATTEMPTS or not self._clock.take(refusals.minute):
+        if refusals.reason not in ATTEMPTS:
             return
+        self.seen = refusals.minute
         repeated = self._failures.count(refusals.minute, refusals.calls)
         if repeated is not None:
             subject = Subject("network", refusals.network)
@@ -237,17 +245,17 @@ class NetworkHabits:
 
 
 def _errors(subject: Subject, time: int, repeated: Repeated, reason: str, network: str) -> Finding:
-    evidence = {
+    evidence: Evidence = {
         "failures": repeated.times,
         "minutes": repeated.minutes,
-        "reasons": [reason],
+        "reasons": [reason if reason in _REASONS else "other"],
         "networks": [network],
     }
     return Finding(Sign.ERRORS, subject, time, "high" if repeated.times >= _MANY else "medium", evidence)
 
 
 def _rise(subject: Subject, time: int, rise: Rise) -> Finding:
-    evidence = {
+    evidence: Evidence = {
         "calls": rise.calls,
         "expected": round(rise.expected, 1),
         "ratio": round(rise.ratio, 1),
