@@ -5,8 +5,8 @@ follows from the seed.
 
 What is ordinary, and looks like an attack to a naive eye: bursts of webhooks, month-end runs, holidays and the days
 after them, deployments (new routes, new addresses, sometimes a minute of wrong keys), clients that roam, routes
-called once a month, typing errors, customers whose cron job still has a deleted key, networks that fail a little every
-day, keys that begin late, use that doubles for good, and a change of clocks.
+called once a month, typing errors, customers whose cron job still has a deleted key, networks that fail a little
+every day, keys that begin late, use that doubles for good, and a change of clocks.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class Caller:
     birth: int
     changes: dict[int, list[Callable[[Caller, random.Random], None]]] = field(default_factory=dict)
     planted: dict[int, list[Call]] = field(default_factory=lambda: defaultdict(list))
+    bursts: dict[int, list[Call]] = field(default_factory=lambda: defaultdict(list))
     misfires: dict[int, list[Call]] = field(default_factory=lambda: defaultdict(list))
     cumulated: list[float] = field(default_factory=list)
 
@@ -277,9 +278,9 @@ class World:
             return []
         begin = START + hour * HOUR_S
         count = _poisson(self._rate(caller, hour), rnd)
-        if rnd.random() < caller.bursts_per_week / 168:
-            count += _poisson(caller.day_calls * caller.burst_size * rnd.lognormvariate(0, 0.6), rnd)
         calls = [_ordinary(caller, begin + rnd.random() * HOUR_S, rnd) for _ in range(count)]
+        if rnd.random() < caller.bursts_per_week / 168:
+            self._burst(caller, begin + rnd.random() * HOUR_S)
         calls += [
             Call(begin + rnd.random() * HOUR_S, _address(caller, rnd), *route, 200)
             for route in caller.rare
@@ -295,7 +296,15 @@ class World:
                     "key_expired",
                 )
             )
-        return calls + caller.planted.get(hour, []) + caller.misfires.get(hour, [])
+        later = (caller.bursts, caller.planted, caller.misfires)
+        return calls + [call for calls in later for call in calls.pop(hour, ())]
+
+    def _burst(self, caller: Caller, begin: float) -> None:
+        rnd = self.random
+        seconds = rnd.uniform(300, 5400)
+        for _ in range(_poisson(caller.day_calls * caller.burst_size * rnd.lognormvariate(0, 0.6), rnd)):
+            call = _ordinary(caller, begin + rnd.random() * seconds, rnd)
+            caller.bursts[_hour(call.at)].append(call)
 
     def _rate(self, caller: Caller, hour: int) -> float:
         day, of_day = divmod(hour, 24)
@@ -434,7 +443,7 @@ def harvest(world: World, caller: Caller, at: float, strength: str) -> Planted:
         "8 x peak hour": (8, 2),
         "25 x peak hour": (25, 1),
     }[strength]
-    count = int(max(factor * peak, 15 * factor) * hours)
+    count = int(max(factor * peak, 10.0) * hours)
 
     def address() -> str:
         return rnd.choice(caller.addresses) if caller.addresses else caller_address(caller, rnd)

@@ -17,6 +17,10 @@ _MOST_GROWTH: Final = 2.5
 _NEVER: Final = 1 << 62
 _HIGHEST: Final = 30.0  # a score no count reaches
 _UNSURE: Final = 0.5
+_REMEMBERED: Final = 1.1
+_WIDER: Final = 1.2  # calls vary more than their logs
+
+MeterState: TypeAlias = "tuple[Measure, Measure, list[Measure]]"
 _RUN: Final = 3  # hours in a row
 _LOUDER: Final = 1.25  # told again when the count has grown by so much
 
@@ -26,14 +30,21 @@ class Scale(NamedTuple):
 
     damping: float
     least_score: float  # log of a ratio
+    least_excess: float  # calls
     margin: float
     slack: float
-    least_excess: float  # calls
 
 
-HOUR: Final = Scale(damping=15, least_score=math.log(2.0), margin=1.15, slack=0.15, least_excess=30)
-RUN: Final = Scale(damping=15, least_score=math.log(1.8), margin=1.15, slack=0.1, least_excess=20)
-DAY: Final = Scale(damping=60, least_score=math.log(1.8), margin=1.25, slack=0.15, least_excess=60)
+class Measure(NamedTuple):
+    """How far a count is above what was expected: as the log of a ratio, and in calls."""
+
+    score: float
+    excess: float
+
+
+HOUR: Final = Scale(damping=8, least_score=math.log(2.0), least_excess=20, margin=1.5, slack=0.15)
+RUN: Final = Scale(damping=8, least_score=math.log(1.8), least_excess=8, margin=1.15, slack=0.1)
+DAY: Final = Scale(damping=10, least_score=math.log(1.8), least_excess=25, margin=1.35, slack=0.15)
 
 
 class Rise(NamedTuple):
@@ -50,61 +61,84 @@ class Rise(NamedTuple):
 
 
 class Meter:
-    """Judges counts of one scale by the worst scores of the last five weeks."""
+    """Judges counts of one scale by the worst of the last five weeks: a ratio or an excess that is a clear record.
+
+    Both, because bursts add calls, whatever the hour, and habits multiply them.
+    """
 
     __slots__ = ("_best", "_peaks", "_scale", "ceiling")
 
-    def __init__(self, scale: Scale, state: list[float] | None = None) -> None:
+    def __init__(self, scale: Scale, state: MeterState | None = None) -> None:
         self._scale = scale
-        self.ceiling, self._best, *peaks = state or [_HIGHEST, 0.0]
-        self._peaks = peaks
+        ceiling, best, peaks = state or ((_HIGHEST, _HIGHEST), (0.0, 0.0), [])
+        self.ceiling, self._best = Measure(*ceiling), Measure(*best)
+        self._peaks = [Measure(*peak) for peak in peaks]
 
-    def state(self) -> list[float]:
+    def state(self) -> MeterState:
         """Give what `__init__` takes."""
-        return [self.ceiling, self._best, *self._peaks]
+        return self.ceiling, self._best, self._peaks
 
-    def score(self, count: int, expected: float) -> float:
+    def measure(self, count: int, expected: float) -> Measure:
         """Say how much more a count is than what was expected."""
-        return math.log((count + self._scale.damping) / (expected + self._scale.damping))
+        damping = self._scale.damping
+        return Measure(math.log((count + damping) / (expected + damping)), count - expected)
 
     def limit(self, expected: float) -> int:
         """Give the count from which on it is too much."""
         scale = self._scale
-        at = (expected + scale.damping) * math.exp(self.ceiling) - scale.damping
-        return math.ceil(max(at, expected + scale.least_excess))
+        by_score = _count_at(self.ceiling.score, expected, scale.damping)
+        least = max(_count_at(scale.least_score, expected, scale.damping), expected + scale.least_excess)
+        return math.ceil(max(min(by_score, expected + self.ceiling.excess), least))
 
-    def note(self, score: float) -> None:
-        """Remember a score; an unusual one as just unusual: see docs/design/signs.md."""
-        self._best = max(self._best, min(score, self.ceiling * 1.1))
+    def passed(self, measure: Measure) -> bool:
+        """Tell whether it is beyond the record."""
+        return measure.score >= self.ceiling.score or measure.excess >= self.ceiling.excess
+
+    def note(self, measure: Measure) -> None:
+        """Remember it; an unusual one as just unusual: see docs/design/signs.md."""
+        self._best = Measure(
+            max(self._best.score, min(measure.score, self.ceiling.score * _REMEMBERED)),
+            max(self._best.excess, min(measure.excess, self.ceiling.excess * _REMEMBERED)),
+        )
 
     def end_day(self, skipped: int) -> None:
         """End a day, and so many after it without a call; settle the limits of the next."""
-        self._peaks = [*self._peaks, self._best, *[0.0] * min(skipped, _DAYS)][-_DAYS:]
-        self._best = 0.0
+        rest = [Measure(0.0, 0.0)] * min(skipped, _DAYS)
+        self._peaks = [*self._peaks, self._best, *rest][-_DAYS:]
+        self._best = Measure(0.0, 0.0)
         scale = self._scale
         unsure = 1.0 + _UNSURE * (1.0 - len(self._peaks) / _DAYS)  # a short memory knows few bursts
-        self.ceiling = max(scale.least_score, max(self._peaks) * scale.margin * unsure + scale.slack)
+        score, excess = (max(values) * scale.margin * unsure for values in zip(*self._peaks, strict=True))
+        self.ceiling = Measure(
+            max(scale.least_score, score + scale.slack), max(scale.least_excess, excess * _WIDER)
+        )
 
 
-State: TypeAlias = "tuple[str, list[int], list[float], list[list[float]]]"
+def _count_at(score: float, expected: float, damping: float) -> float:
+    return (expected + damping) * math.exp(min(score, _HIGHEST)) - damping
+
+
+State: TypeAlias = "tuple[str, list[int], list[float], list[Measure], list[MeterState]]"
 
 
 class Rhythm:
     """Counts calls by hour, and tells when there are too many. Hours are numbered from 1970, in UTC."""
 
     __slots__ = (
-        "_counts", "_day", "_day_limit", "_filled", "_growth", "_hour", "_hour_limit", "_run", "_scores",
+        "_before", "_counts", "_day", "_day_limit", "_filled", "_growth", "_hour", "_hour_limit", "_run",
         "_today", "_top", "_usual", "_usual_today",
     )  # fmt: skip
+    _before: list[Measure]  # of the hours just before, where nothing lies between
 
     def __init__(self, state: State | None = None) -> None:
         if state is None:
             self._begin(-1)
             return
-        text, numbers, figures, meters = state
+        text, numbers, figures, before, meters = state
         self._counts = array("I", base64.b64decode(text))
         self._top, self._filled, self._today, self._hour_limit, self._day_limit = numbers
-        self._growth, self._usual, self._usual_today, *self._scores = figures
+        self._growth, self._usual, self._usual_today = figures
+        self._before = [Measure(*measure) for measure in before]
         self._hour, self._run, self._day = map(Meter, (HOUR, RUN, DAY), meters)
 
     def _begin(self, hour: int) -> None:
@@ -112,7 +146,7 @@ class Rhythm:
         self._top, self._filled, self._today = hour, 0, 0
         self._hour_limit = self._day_limit = _NEVER
         self._growth, self._usual, self._usual_today = 1.0, 0.0, 0.0
-        self._scores: list[float] = []
+        self._before = []
         self._hour, self._run, self._day = Meter(HOUR), Meter(RUN), Meter(DAY)
 
     def state(self) -> State:
@@ -120,7 +154,8 @@ class Rhythm:
         return (
             base64.b64encode(self._counts.tobytes()).decode("ascii"),
             [self._top, self._filled, self._today, self._hour_limit, self._day_limit],
-            [self._growth, self._usual, self._usual_today, *self._scores],
+            [self._growth, self._usual, self._usual_today],
+            self._before,
             [meter.state() for meter in (self._hour, self._run, self._day)],
         )
 
@@ -156,7 +191,7 @@ class Rhythm:
         if self._filled >= _WEEK:
             self._close(hour - self._top)
             if days:
-                self._day.note(self._day.score(self._today, self._usual_today))
+                self._day.note(self._day.measure(self._today, self._usual_today))
                 for meter in (self._hour, self._run, self._day):
                     meter.end_day(days - 1)
         for passed in range(self._top + 1, hour + 1):
@@ -170,12 +205,12 @@ class Rhythm:
 
     def _close(self, steps: int) -> None:
         """Score the hour that has ended, and the run of hours it ends."""
-        score = self._hour.score(self._counts[self._top % _SPAN], self._usual)
-        self._hour.note(score)
-        self._scores.append(score)
-        if len(self._scores) == _RUN:
-            self._run.note(min(self._scores))
-        self._scores = self._scores[-_RUN + 1 :] if steps == 1 else []
+        measure = self._hour.measure(self._counts[self._top % _SPAN], self._usual)
+        self._hour.note(measure)
+        self._before.append(measure)
+        if len(self._before) == _RUN:
+            self._run.note(Measure(*map(min, zip(*self._before, strict=True))))
+        self._before = self._before[-_RUN + 1 :] if steps == 1 else []
 
     def _open(self, *, new_day: bool) -> None:
         if new_day:
@@ -187,7 +222,7 @@ class Rhythm:
         if new_day:
             self._day_limit = self._day.limit(self._usual_today)
         self._hour_limit = self._hour.limit(self._usual)
-        if len(self._scores) == _RUN - 1 and min(self._scores) >= self._run.ceiling:
+        if len(self._before) == _RUN - 1 and all(map(self._run.passed, self._before)):
             self._hour_limit = min(self._hour_limit, self._run.limit(self._usual))
 
     def _weeks(self) -> range:

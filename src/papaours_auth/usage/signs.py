@@ -221,8 +221,10 @@ class NetworkHabits:
     """How often a network presented what is no known key."""
 
     def __init__(self, text: str | None = None) -> None:
-        self.seen, state = json.loads(text) if text else (0, None)
-        self._failures = Repetition(state)
+        state = json.loads(text) if text else (0, None)
+        self.seen: int = state[0]
+        """When it last failed (µs)."""
+        self._failures = Repetition(state[1])
 
     def dump(self) -> str:
         """Write it down, for `__init__` to read."""
