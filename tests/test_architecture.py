@@ -42,6 +42,7 @@ LAYERS = [
         "usage/alert_table.py",
         "usage/alerts.py",
         "usage/event.py",
+        "usage/meter.py",
         "usage/novelty.py",
         "usage/questions.py",
         "usage/recorder.py",

@@ -8,39 +8,17 @@ from array import array
 from statistics import median
 from typing import Final, NamedTuple, TypeAlias
 
+from .meter import DAYS, Measure, Meter, MeterState, Scale
+
+_TEN: Final = 600_000_000  # ten minutes, in µs
+_TENS: Final = 6  # of an hour
 _WEEK: Final = 168  # hours
-_WEEKS: Final = 5
-_SPAN: Final = _WEEK * _WEEKS
-_DAYS: Final = 7 * _WEEKS
+_SPAN: Final = 24 * DAYS
 _LEARNED: Final = 2 * _WEEK
 _MOST_GROWTH: Final = 2.5
 _NEVER: Final = 1 << 62
-_HIGHEST: Final = 30.0  # a score no count reaches
-_UNSURE: Final = 0.5
-_REMEMBERED: Final = 1.1
-_WIDER: Final = 1.2  # calls vary more than their logs
-
-MeterState: TypeAlias = "tuple[Measure, Measure, list[Measure]]"
 _RUN: Final = 3  # hours in a row
 _LOUDER: Final = 1.25  # told again when the count has grown by so much
-
-
-class Scale(NamedTuple):
-    """How hours, or days, are judged. ``damping``: calls below which a ratio means little."""
-
-    damping: float
-    least_score: float  # log of a ratio
-    least_excess: float  # calls
-    margin: float
-    slack: float
-
-
-class Measure(NamedTuple):
-    """How far a count is above what was expected: as the log of a ratio, and in calls."""
-
-    score: float
-    excess: float
-
 
 HOUR: Final = Scale(damping=8, least_score=math.log(2.0), least_excess=20, margin=1.5, slack=0.15)
 RUN: Final = Scale(damping=8, least_score=math.log(1.8), least_excess=8, margin=1.15, slack=0.1)
@@ -48,7 +26,7 @@ DAY: Final = Scale(damping=10, least_score=math.log(1.8), least_excess=25, margi
 
 
 class Rise(NamedTuple):
-    """More calls than usual: so many in the hour or day so far, where so many were expected."""
+    """More calls than usual: so many in the last 60 minutes, or the day so far, where so many were expected."""
 
     unit: str
     calls: int
@@ -60,73 +38,39 @@ class Rise(NamedTuple):
         return self.calls / max(self.expected, 1.0)
 
 
-class Meter:
-    """Judges counts of one scale by the worst of the last five weeks: a ratio or an excess that is a clear record.
+class _Window:
+    """The last 60 minutes, in tens: an attack is not cut in two by the clock."""
 
-    Both, because bursts add calls, whatever the hour, and habits multiply them.
-    """
+    __slots__ = ("_tens", "count", "limit", "now", "usual")
 
-    __slots__ = ("_best", "_peaks", "_scale", "ceiling")
+    def __init__(self, state: WindowState | None = None) -> None:
+        self.now, self.limit, self.usual, self._tens = state or (-1, _NEVER, 0.0, [0] * _TENS)
+        self.count = sum(self._tens)
 
-    def __init__(self, scale: Scale, state: MeterState | None = None) -> None:
-        self._scale = scale
-        ceiling, best, peaks = state or ((_HIGHEST, _HIGHEST), (0.0, 0.0), [])
-        self.ceiling, self._best = Measure(*ceiling), Measure(*best)
-        self._peaks = [Measure(*peak) for peak in peaks]
+    def state(self) -> WindowState:
+        return self.now, self.limit, self.usual, self._tens
 
-    def state(self) -> MeterState:
-        """Give what `__init__` takes."""
-        return self.ceiling, self._best, self._peaks
+    def add(self) -> None:
+        self._tens[-1] += 1
+        self.count += 1
 
-    def measure(self, count: int, expected: float) -> Measure:
-        """Say how much more a count is than what was expected."""
-        damping = self._scale.damping
-        return Measure(math.log((count + damping) / (expected + damping)), count - expected)
-
-    def limit(self, expected: float) -> int:
-        """Give the count from which on it is too much."""
-        scale = self._scale
-        by_score = _count_at(self.ceiling.score, expected, scale.damping)
-        least = max(_count_at(scale.least_score, expected, scale.damping), expected + scale.least_excess)
-        return math.ceil(max(min(by_score, expected + self.ceiling.excess), least))
-
-    def passed(self, measure: Measure) -> bool:
-        """Tell whether it is beyond the record."""
-        return measure.score >= self.ceiling.score or measure.excess >= self.ceiling.excess
-
-    def note(self, measure: Measure) -> None:
-        """Remember it; an unusual one as just unusual: see docs/design/signs.md."""
-        self._best = Measure(
-            max(self._best.score, min(measure.score, self.ceiling.score * _REMEMBERED)),
-            max(self._best.excess, min(measure.excess, self.ceiling.excess * _REMEMBERED)),
-        )
-
-    def end_day(self, skipped: int) -> None:
-        """End a day, and so many after it without a call; settle the limits of the next."""
-        rest = [Measure(0.0, 0.0)] * min(skipped, _DAYS)
-        self._peaks = [*self._peaks, self._best, *rest][-_DAYS:]
-        self._best = Measure(0.0, 0.0)
-        scale = self._scale
-        unsure = 1.0 + _UNSURE * (1.0 - len(self._peaks) / _DAYS)  # a short memory knows few bursts
-        score, excess = (max(values) * scale.margin * unsure for values in zip(*self._peaks, strict=True))
-        self.ceiling = Measure(
-            max(scale.least_score, score + scale.slack), max(scale.least_excess, excess * _WIDER)
-        )
+    def move(self, ten: int) -> None:
+        passed = min(ten - self.now, _TENS)
+        self._tens = [*self._tens[passed:], *[0] * passed]
+        self.count = sum(self._tens)
+        self.now = ten
 
 
-def _count_at(score: float, expected: float, damping: float) -> float:
-    return (expected + damping) * math.exp(min(score, _HIGHEST)) - damping
-
-
-State: TypeAlias = "tuple[str, list[int], list[float], list[Measure], list[MeterState]]"
+WindowState: TypeAlias = "tuple[int, int, float, list[int]]"
+State: TypeAlias = "tuple[str, list[int], list[float], list[Measure], WindowState, list[MeterState]]"
 
 
 class Rhythm:
-    """Counts calls by hour, and tells when there are too many. Hours are numbered from 1970, in UTC."""
+    """Counts calls, and tells when there are too many. Hours are numbered from 1970, in UTC."""
 
     __slots__ = (
-        "_before", "_counts", "_day", "_day_limit", "_filled", "_growth", "_hour", "_hour_limit", "_run",
-        "_today", "_top", "_usual", "_usual_today",
+        "_before", "_counts", "_day", "_day_limit", "_filled", "_growth", "_hour", "_run", "_run_limit",
+        "_today", "_top", "_usual", "_usual_before", "_usual_today", "_window",
     )  # fmt: skip
     _before: list[Measure]  # of the hours just before, where nothing lies between
 
@@ -134,80 +78,105 @@ class Rhythm:
         if state is None:
             self._begin(-1)
             return
-        text, numbers, figures, before, meters = state
+        text, numbers, figures, before, window, meters = state
         self._counts = array("I", base64.b64decode(text))
-        self._top, self._filled, self._today, self._hour_limit, self._day_limit = numbers
-        self._growth, self._usual, self._usual_today = figures
+        self._top, self._filled, self._today, self._run_limit, self._day_limit = numbers
+        self._growth, self._usual, self._usual_before, self._usual_today = figures
         self._before = [Measure(*measure) for measure in before]
+        self._window = _Window(window)
         self._hour, self._run, self._day = map(Meter, (HOUR, RUN, DAY), meters)
 
     def _begin(self, hour: int) -> None:
         self._counts = array("I", bytes(4 * _SPAN))
         self._top, self._filled, self._today = hour, 0, 0
-        self._hour_limit = self._day_limit = _NEVER
-        self._growth, self._usual, self._usual_today = 1.0, 0.0, 0.0
+        self._run_limit = self._day_limit = _NEVER
+        self._growth, self._usual, self._usual_before, self._usual_today = 1.0, 0.0, 0.0, 0.0
         self._before = []
+        self._window = _Window()
         self._hour, self._run, self._day = Meter(HOUR), Meter(RUN), Meter(DAY)
 
     def state(self) -> State:
         """Give what `__init__` takes, made of what JSON knows."""
         return (
             base64.b64encode(self._counts.tobytes()).decode("ascii"),
-            [self._top, self._filled, self._today, self._hour_limit, self._day_limit],
-            [self._growth, self._usual, self._usual_today],
+            [self._top, self._filled, self._today, self._run_limit, self._day_limit],
+            [self._growth, self._usual, self._usual_before, self._usual_today],
             self._before,
+            self._window.state(),
             [meter.state() for meter in (self._hour, self._run, self._day)],
         )
 
-    def count(self, hour: int) -> Rise | None:
-        """Count a call in an hour; give what is too much, and again when it has grown by a quarter."""
-        if hour != self._top and not self._arrive(hour):
+    def count(self, time: int) -> Rise | None:
+        """Count a call at a time (µs); give what is too much, and again when it has grown by a quarter."""
+        ten = time // _TEN
+        if ten > self._window.now or self._top < 0:
+            self._move(ten)
+        elif not self._joins(ten // _TENS):
             return None
-        place = hour % _SPAN
-        self._counts[place] += 1
+        self._counts[self._top % _SPAN] += 1
         self._today += 1
-        if self._counts[place] >= self._hour_limit:
-            self._hour_limit = math.ceil(self._counts[place] * _LOUDER)
-            return Rise("hour", self._counts[place], self._usual)
+        self._window.add()
+        return self._judged()
+
+    def _judged(self) -> Rise | None:
+        window, hour = self._window, self._counts[self._top % _SPAN]
+        if window.count >= window.limit:
+            window.limit = math.ceil(window.count * _LOUDER)
+            return Rise("hour", window.count, window.usual)
+        if hour >= self._run_limit:
+            self._run_limit = math.ceil(hour * _LOUDER)
+            return Rise("hour", hour, self._usual)
         if self._today >= self._day_limit:
             self._day_limit = math.ceil(self._today * _LOUDER)
             return Rise("day", self._today, self._usual_today)
         return None
 
-    def _arrive(self, hour: int) -> bool:
-        """Go to a later hour; count a late call where it belongs, which raises nothing."""
-        if 0 < self._top - hour < _SPAN:
+    def _joins(self, hour: int) -> bool:
+        """Tell whether a call is of this hour. A late one is counted where it belongs, and raises nothing."""
+        if hour == self._top:
+            return True
+        if self._top - hour < _SPAN:
             self._counts[hour % _SPAN] += 1
             self._today += hour // 24 == self._top // 24
-            return False
-        if self._top < 0 or not 0 < hour - self._top < _SPAN:
+        else:  # the clock went back by weeks
+            self._begin(-1)
+        return False
+
+    def _move(self, ten: int) -> None:
+        hour = ten // _TENS
+        if self._filled >= _WEEK:
+            self._hour.note(self._hour.measure(self._window.count, self._window.usual))
+        if self._top < 0 or hour - self._top >= _SPAN:
             self._begin(hour)  # nothing it knows is of these weeks
-        else:
+        elif hour > self._top:
             self._advance(hour)
-        return True
+        self._window.move(ten)
+        part = (ten % _TENS + 1) / _TENS
+        self._window.usual = self._usual * part + self._usual_before * (1 - part)
+        if self._filled >= _LEARNED:
+            self._window.limit = self._hour.limit(self._window.usual)
 
     def _advance(self, hour: int) -> None:
-        days = hour // 24 - self._top // 24
+        days, steps = hour // 24 - self._top // 24, hour - self._top
         if self._filled >= _WEEK:
-            self._close(hour - self._top)
+            self._close(steps)
             if days:
                 self._day.note(self._day.measure(self._today, self._usual_today))
                 for meter in (self._hour, self._run, self._day):
                     meter.end_day(days - 1)
         for passed in range(self._top + 1, hour + 1):
             self._counts[passed % _SPAN] = 0
-        self._filled = min(self._filled + hour - self._top, _SPAN)
+        self._filled = min(self._filled + steps, _SPAN)
         self._top = hour
         if days:
             self._today = 0
         if self._filled >= _WEEK:
+            self._usual_before = self._usual if steps == 1 else 0.0
             self._open(new_day=days > 0)
 
     def _close(self, steps: int) -> None:
-        """Score the hour that has ended, and the run of hours it ends."""
-        measure = self._hour.measure(self._counts[self._top % _SPAN], self._usual)
-        self._hour.note(measure)
-        self._before.append(measure)
+        """Measure the hour that has ended, and the run of hours it ends."""
+        self._before.append(self._run.measure(self._counts[self._top % _SPAN], self._usual))
         if len(self._before) == _RUN:
             self._run.note(Measure(*map(min, zip(*self._before, strict=True))))
         self._before = self._before[-_RUN + 1 :] if steps == 1 else []
@@ -221,13 +190,12 @@ class Rhythm:
             return
         if new_day:
             self._day_limit = self._day.limit(self._usual_today)
-        self._hour_limit = self._hour.limit(self._usual)
-        if len(self._before) == _RUN - 1 and all(map(self._run.passed, self._before)):
-            self._hour_limit = min(self._hour_limit, self._run.limit(self._usual))
+        lasting = len(self._before) == _RUN - 1 and all(map(self._run.passed, self._before))
+        self._run_limit = self._run.limit(self._usual) if lasting else _NEVER
 
     def _weeks(self) -> range:
         """Number the past weeks that are known."""
-        return range(1, min(self._filled // _WEEK, _WEEKS - 1) + 1)
+        return range(1, min(self._filled // _WEEK, _SPAN // _WEEK - 1) + 1)
 
     def _at(self, hour: int) -> int:
         return self._counts[hour % _SPAN]
