@@ -12,8 +12,8 @@ from ..harness import Result, percentile
 from .generator import ATTACKS, DAYS, KEYS
 from .score import SIGNS, Score, over
 
-TUNED: Final = (1, 2, 3, 4)
-REPORTED: Final = tuple(range(101, 107))
+TUNED: Final = "1-8 and 101-106"
+REPORTED: Final = tuple(range(201, 207))
 RECALL, FALSE_ALARMS = 0.95, 1.0
 
 
@@ -23,7 +23,7 @@ def run(scale: float = 1.0) -> Result:
     result = Result(
         "signs",
         f"Signs of compromise: {small.get('keys', KEYS)} keys, {small.get('days', DAYS)} days; tuned on seeds "
-        f"{_named(TUNED)}, reported on seeds {_named(seeds)}",
+        f"{TUNED}, reported on seeds {_named(seeds)}",
     )
     begin = time.perf_counter()
     scores, events = over(seeds, **small)

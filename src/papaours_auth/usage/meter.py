@@ -8,9 +8,8 @@ from typing import Final, NamedTuple, TypeAlias
 DAYS: Final = 35
 """How many days' worst are remembered."""
 _HIGHEST: Final = 30.0  # a score no count reaches
-_UNSURE: Final = 0.5
-_REMEMBERED: Final = 1.1
-_WIDER: Final = 1.2  # calls vary more than their logs
+_UNSURE: Final = 0.5  # of the margin, where nothing is remembered yet
+_REMEMBERED: Final = 1.1  # of a limit: an attack must not hide the next
 
 
 class Scale(NamedTuple):
@@ -82,9 +81,7 @@ class Meter:
         scale = self._scale
         unsure = 1.0 + _UNSURE * (1.0 - len(self._peaks) / DAYS)  # a short memory knows few bursts
         score, excess = (max(values) * scale.margin * unsure for values in zip(*self._peaks, strict=True))
-        self.ceiling = Measure(
-            max(scale.least_score, score + scale.slack), max(scale.least_excess, excess * _WIDER)
-        )
+        self.ceiling = Measure(max(scale.least_score, score + scale.slack), max(scale.least_excess, excess))
 
 
 def _count_at(score: float, expected: float, damping: float) -> float:

@@ -19,7 +19,8 @@ from .novelty import Familiar
 from .repetition import Repeated, Repetition
 from .rhythm import Rhythm, Rise
 
-_DAY: Final = 86_400_000_000
+_HOUR: Final = 3_600_000_000
+_DAY: Final = 24 * _HOUR
 _FAR: Final = _DAY
 _LONGEST_STEP: Final = 7 * _DAY
 _LONGEST_GAP: Final = 45 * _DAY
@@ -174,7 +175,7 @@ class KeyHabits:
         if event.reason not in _NOT_A_FAILURE or event.status == 401:
             yield from self._failed(event, subject)
             return
-        rise = self._rhythm.count(event.time) if believed else None
+        rise = self._rhythm.count(event.time // _HOUR) if believed else None
         if rise is not None:
             yield _rise(subject, event.time, rise)
         if self._denied(event):
