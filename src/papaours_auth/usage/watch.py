@@ -46,10 +46,10 @@ _COLUMNS: Final = (
     "environment, duration, request_id"
 )
 _HOUR: Final = 3_600_000_000
-_DAY: Final = 24 * _HOUR
 _RECENT: Final = 101  # events whose median time says what time it is
 _MOST: Final = {"network": 4096, "key": 100_000}
 _STEPS_PER_WRITE: Final = 4
+_TIDY_EVERY: Final = 1000  # turns
 _LOG: Final = "log"
 _UNREADABLE: Final = "the usage file cannot be read: has anything been recorded in it?"
 
@@ -65,7 +65,6 @@ class _Taken(NamedTuple):
     position: int
     events: Sequence[Event]
     refusals: Sequence[tuple[Refusals, int]]  # what is new, and the count it came to
-    horizon: int
     states: dict[str, str]
     alerts: Sequence[Alert]
 
@@ -191,8 +190,7 @@ class Watch:
             (last,) = connection.execute("select max(id) from usage_events").fetchone()
             if (last or 0) < position:  # all was forgotten, and the numbers began anew
                 position = 0
-            horizon = _horizon(connection, position)
-            refusals = self._new_refusals(connection, horizon)
+            refusals = self._new_refusals(connection, _horizon(connection, position))
             # While refusals are behind, events wait: the horizon goes with them.
             events = [] if len(refusals) >= self._batch else self._new_events(connection, position)
             fed: list[Event | Refusals] = [*(event for _, event in events), *(entry for entry, _ in refusals)]
@@ -201,7 +199,6 @@ class Watch:
                 events[-1][0] if events else position,
                 [event for _, event in events],
                 refusals,
-                horizon,
                 _states(connection, {place_of(one) for one in fed}),
                 alert_table.latest(
                     connection, {one.network if isinstance(one, Refusals) else one.key_id for one in fed}
@@ -308,9 +305,13 @@ def _keep(connection: sqlite3.Connection, taken: _Taken, detector: Detector, boo
         "insert into usage_signs_refusals values (?, ?, ?, ?) on conflict do update set count = excluded.count",
         [(*refusals[:3], count) for refusals, count in taken.refusals],
     )
-    connection.execute("delete from usage_signs_refusals where minute < ?", (taken.horizon - 2 * _DAY,))
     alert_table.keep(connection, book.changed(), {alert.id: alert for alert in taken.alerts}, taken.turn + 1)
     _forget(connection)
+    if taken.turn % _TIDY_EVERY == 0:
+        connection.execute(
+            "delete from usage_signs_refusals where (minute, reason, network) not in "
+            "(select minute, reason, network from usage_refusals)"
+        )
 
 
 def _forget(connection: sqlite3.Connection) -> None:
