@@ -8,6 +8,7 @@ from typing import Final, NamedTuple, TypeAlias
 DAYS: Final = 35
 """How many days' worst are remembered."""
 _HIGHEST: Final = 30.0  # a score no count reaches
+_UNLIMITED: Final = 1e12
 _UNSURE: Final = 0.5  # of the margin, where nothing is remembered yet
 _REMEMBERED: Final = 1.1  # of a limit: an attack must not hide the next
 
@@ -42,7 +43,7 @@ class Meter:
 
     def __init__(self, scale: Scale, state: MeterState | None = None) -> None:
         self._scale = scale
-        ceiling, best, peaks = state or ((_HIGHEST, _HIGHEST), (0.0, 0.0), [])
+        ceiling, best, peaks = state or ((_HIGHEST, _UNLIMITED), (0.0, 0.0), [])
         self.ceiling, self._best = Measure(*ceiling), Measure(*best)
         self._peaks = [Measure(*peak) for peak in peaks]
 

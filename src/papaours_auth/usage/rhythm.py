@@ -44,20 +44,8 @@ class Rhythm:
     """Counts calls by hour, and tells when there are too many. Hours are numbered from 1970, in UTC."""
 
     __slots__ = (
-        "_before",
-        "_counts",
-        "_day",
-        "_day_limit",
-        "_filled",
-        "_grown",
-        "_growth",
-        "_hour",
-        "_hour_limit",
-        "_run",
-        "_today",
-        "_top",
-        "_usual",
-        "_usual_today",
+        "_before", "_counts", "_day", "_day_limit", "_filled", "_grown", "_growth", "_hour", "_hour_limit",
+        "_run", "_today", "_top", "_usual", "_usual_today",
     )  # fmt: skip
     _before: list[Measure]  # of the hours just before, where nothing lies between
     _grown: list[float]  # of the last days: how many times the usual they had
