@@ -573,6 +573,7 @@ def test_a_restart_between_any_two_events_finds_the_same(tmp_path: Path) -> None
     assert alerts[0] == alerts[1] != []
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("where", ["_feed", "_forget", "_log"])
 def test_a_step_that_is_killed_loses_and_doubles_nothing(
     place: Place, where: str, monkeypatch: pytest.MonkeyPatch

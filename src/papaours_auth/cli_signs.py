@@ -37,7 +37,7 @@ def add_signs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     text = "look for signs of compromise in what was recorded, and list the alerts"
     signs = _command(commands, "signs", _signs, [usage], text)
     signs.add_argument("--since", metavar="WHEN", default="7d", help="90d, 12h, or a time; default: 7d")
-    signs.add_argument("--sign", choices=list(Sign), help="of this sign alone")
+    signs.add_argument("--sign", choices=[sign.value for sign in Sign], help="of this sign alone")
     signs.add_argument("--follow", action="store_true", help="go on, and print each alert as it comes")
     group = signs.add_subparsers(metavar="[COMMAND]")
     for name, run, words in (
