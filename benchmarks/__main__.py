@@ -25,6 +25,7 @@ NAMES: Final = (
     "outage",
     "usage",
     "usage_questions",
+    "signs",
 )
 
 

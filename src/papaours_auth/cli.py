@@ -566,9 +566,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--client", metavar="ADDRESS", help="the caller's address")
     command.add_argument("--needs", metavar="RIGHT", action="append", default=[])
 
-    from .cli_usage import add_usage  # it shows its answers as we do
+    from .cli_signs import add_signs  # both import this module
+    from .cli_usage import add_usage
 
     add_usage(commands, listed)
+    add_signs(commands)
     return parser
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from .alerts import Alert, Sign
 from .event import Call, Event, Outcome, Refusals
 from .recorder import Health, Recorder, Stats
 from .sinks import Batch, CallableSink, Sink, Tee, open_sink
 
 __all__ = [
+    "Alert",
     "Batch",
     "Call",
     "CallableSink",
@@ -15,6 +17,7 @@ __all__ = [
     "Outcome",
     "Recorder",
     "Refusals",
+    "Sign",
     "Sink",
     "Stats",
     "Tee",
