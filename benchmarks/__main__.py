@@ -38,8 +38,9 @@ def main() -> int:
     for name in arguments.name or NAMES:
         begin = time.monotonic()
         result = import_module(f"benchmarks.{name}").run(arguments.scale)
+        result.scale, result.seconds = arguments.scale, round(time.monotonic() - begin, 1)
         show(result)
-        print(f"  ({time.monotonic() - begin:.0f} s)", flush=True)
+        print(f"  ({result.seconds:.0f} s)", flush=True)
         if not arguments.no_write:
             write(result)
     return 0
