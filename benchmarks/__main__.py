@@ -22,6 +22,7 @@ NAMES: Final = (
     "threads",
     "server",
     "revocation",
+    "mass_revocation",
     "outage",
 )
 

@@ -14,7 +14,8 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -194,6 +195,21 @@ def compared(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]: 
     """Give the median ratio and its quartiles, as arguments of `Result.add`."""
     found = ratios(above, below)
     return {"value": statistics.median(found), "spread": quartiles(found)}
+
+
+@contextmanager
+def on_cores(*, last: bool) -> Iterator[None]:
+    """Keep this thread, and processes it starts meanwhile, on the last core or on all others.
+
+    So a load generator and what it loads do not take turns on one core. Nothing where there is one core.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) > 1:
+        os.sched_setaffinity(0, cores[-1:] if last else cores[:-1])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def machine() -> dict[str, str | int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final, NamedTuple
 
-from papaours_auth import Keys, PepperRing, open_store, parse_peppers
+from papaours_auth import KeyFormat, Keys, PepperRing, open_store, parse_peppers
 from papaours_auth.digest import new_pepper
 from papaours_auth.stores import Store
 
@@ -38,6 +39,16 @@ class Place(NamedTuple):
 
 def new_peppers() -> PepperRing:
     return parse_peppers(new_pepper())
+
+
+def forged() -> bytes:
+    """Make a key of our format with a right checksum, by someone who has no pepper."""
+    return KeyFormat().mint("prod", tag=lambda _: secrets.randbits(32)).reveal().encode()
+
+
+def foreign() -> bytes:
+    """Make a key of a format that is not ours, and that nobody issued."""
+    return f"pk_prod_{secrets.token_hex(10)}".encode()
 
 
 def shared_stores() -> tuple[str, ...]:

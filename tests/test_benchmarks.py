@@ -35,7 +35,7 @@ def test_a_missed_goal_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_result_is_written_with_its_machine_and_read_back(tmp_path: Path) -> None:
-    result = Result("a", "A", [Figure("b", 1.5, goal=2, spread=(1.0, 2.0))], ["c"], {"d": [1.0, 2.0]})
+    result = Result("a", "A", [Figure("b", 1.5, goal=2, spread=(1.0, 2.0))], ["c"])
     path = write(result, tmp_path)
     machine, read = load(path)
     assert read == result
@@ -118,8 +118,8 @@ def test_a_server_is_loaded_with_and_without_the_middleware() -> None:
     with place("sqlite") as there:
         key = one_key(there.url, there.peppers)[0]
         guard = {"PAPAOURS_STORE": there.url, PEPPER_VARIABLE: there.secret}
-        with server.serving(server.CASES[1], guard, key) as port:
-            assert server.threads(port, key, 2, 0.2).rate > 0
+        with server.serving(server.CASES[1], guard, key) as served:
+            assert server.threads(served.port, key, 2, 0.2).rate > 0
 
 
 def test_the_words_of_wrk_are_read() -> None:
