@@ -29,7 +29,7 @@ PRESENTED: Final = 10_000
 """Keys that are presented: uniform among the digests, as all digests are uniform."""
 COMMON: Final = 100
 DIGEST_COLUMNS: Final = ("digest", "key_id", "pepper_id", "algorithm")
-_BATCH: Final = 1_000
+_BATCH: Final = 10_000
 
 
 class Filled(NamedTuple):
@@ -185,6 +185,7 @@ class _SQL(NamedTuple):
     digest: str
     quote: str
     sizes: str  # bytes of all tables of {database}
+    begin: tuple[str, ...]
     finish: str
 
 
@@ -195,6 +196,7 @@ _POSTGRESQL: Final = _SQL(
     "sha256(('d' || n)::bytea)",
     '"',
     "select pg_database_size('{database}')",
+    ("set session_replication_role = replica",),  # no foreign key is looked up
     "vacuum analyze",
 )
 _MARIADB: Final = _SQL(
@@ -204,6 +206,7 @@ _MARIADB: Final = _SQL(
     "unhex(sha2(concat('d', seq), 256))",
     "`",
     "select sum(data_length + index_length) from information_schema.tables where table_schema = '{database}'",
+    ("set foreign_key_checks = 0", "set unique_checks = 0"),
     "analyze table papaours_keys, papaours_digests, papaours_machines",
 )
 
@@ -245,9 +248,11 @@ def _sql_statements(model: Model, words: _SQL, count: int) -> Iterator[str]:
     digest = {"digest": words.digest, "key_id": id_, "pepper_id": pepper, "algorithm": "'hmac-sha256'"}
     every, quote = words.numbers.format(count=count), words.quote
     machines = words.numbers.format(count=owners)
-    yield _copied("papaours_machines", model.machine, {"id": owner}, machines, quote)
-    yield _copied("papaours_keys", model.key, {"id": id_, "machine_id": some}, every, quote)
-    yield _copied("papaours_digests", digest, digest, every, quote)
+    yield from words.begin
+    # Sorted: a tree that grows at its end is made in a tenth of the time.
+    yield _copied("papaours_machines", model.machine, {"id": owner}, f"{machines} order by 1", quote)
+    yield _copied("papaours_keys", model.key, {"id": id_, "machine_id": some}, f"{every} order by 1", quote)
+    yield _copied("papaours_digests", digest, digest, f"{every} order by 1", quote)
 
 
 def _many(server: SQLServer, database: str, sql: str, rows: list[tuple[Any, ...]]) -> None:
@@ -286,12 +291,9 @@ def _redis_prefix(client: redis.Redis, port: int, size: int) -> Filled:
         for _ in range(size - len(pairs))
     )
     template = _redis_template(client, prefix, model)
-    pipeline = client.pipeline(transaction=False)
-    for sent, (digest, id_, place) in enumerate(itertools.chain(pairs, random_), 1):
-        template.add(pipeline, digest, id_, place)
-        if sent % _BATCH == 0:
-            pipeline.execute()
-    pipeline.execute()
+    every = itertools.chain(pairs, random_)
+    while batch := list(itertools.islice(every, _BATCH)):
+        template.write(client, batch)
     return Filled(url, model.peppers, model.presented, (_used(client) - before) / size, port)
 
 
@@ -305,15 +307,23 @@ class _RedisTemplate(NamedTuple):
     of: bytes
     named: bytes
 
-    def add(
-        self, pipeline: Any, digest: bytes, id_: str, place: int
+    def write(
+        self, client: Any, batch: list[tuple[bytes, str, int]]
     ) -> None:  # Any: redis-py's, without types
-        start, new = f"{{{self.prefix}:{place:02}}}:".encode(), id_.encode()
-        pipeline.hset(start + b"digests", digest, self.owner.replace(self.id, new))
-        pipeline.hset(start + b"digest-of", id_, digest)
-        pipeline.hset(start + b"keys", id_, self.key.replace(self.id, new))
-        pipeline.sadd(start + self.named, id_)
-        pipeline.sadd(start + self.of, id_)
+        pipeline = client.pipeline(transaction=False)
+        for place in {place for _, _, place in batch}:
+            start = f"{{{self.prefix}:{place:02}}}:".encode()
+            pairs = [(digest, id_.encode()) for digest, id_, at in batch if at == place]
+            ids = [id_ for _, id_ in pairs]
+            owners = [word for digest, id_ in pairs for word in (digest, self.owner.replace(self.id, id_))]
+            pipeline.execute_command("HSET", start + b"digests", *owners)
+            back = [word for digest, id_ in pairs for word in (id_, digest)]
+            pipeline.execute_command("HSET", start + b"digest-of", *back)
+            records = [word for id_ in ids for word in (id_, self.key.replace(self.id, id_))]
+            pipeline.execute_command("HSET", start + b"keys", *records)
+            pipeline.execute_command("SADD", start + self.named, *ids)
+            pipeline.execute_command("SADD", start + self.of, *ids)
+        pipeline.execute()
 
 
 def _redis_template(client: Any, prefix: str, model: Model) -> _RedisTemplate:

@@ -12,7 +12,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Awaitable, Callable
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,9 +19,13 @@ from typing import Any, Final
 
 from papaours_auth import Authenticator, open_store
 
-from .harness import Loop, Result, compared, interleave, looped
+from .harness import Loop, Result, compared, installed, interleave, looped
 from .subjects import TRUST, new_peppers, one_key, place
 
+COMPARED: Final = (
+    "keyshield", "argon2-cffi", "aiocache", "Flask-HTTPAuth", "fastapi", "djangorestframework-api-key",
+    "djangorestframework", "Django",
+)  # fmt: skip
 KEYSHIELD_GOAL: Final = 15.0
 DRF_GOAL: Final = 8.0
 
@@ -31,6 +34,7 @@ def run(scale: float = 1.0) -> Result:
     result = Result("peers", "The same work beside its peers")
     _cached(result, scale)
     _stored(result, scale)
+    result.versions = {name: installed(name) for name in COMPARED}
     return result
 
 
@@ -41,13 +45,6 @@ def _absent(result: Result, *modules: str) -> bool:
     return bool(absent)
 
 
-def stated(package: str) -> str:
-    try:
-        return f"{package} {version(package)}"
-    except PackageNotFoundError:
-        return package
-
-
 def _cached(result: Result, scale: float) -> None:
     """Compare what answers from memory."""
     peppers, store = new_peppers(), open_store("memory://")
@@ -56,14 +53,12 @@ def _cached(result: Result, scale: float) -> None:
         authenticator.authenticate(key)
         loops = {"ours, cached": looped(authenticator.authenticate, key)}
         if not _absent(result, "keyshield", "aiocache", "argon2"):
-            loops[f"{stated('keyshield')}, cached, delays off"] = keyshield_loop(cached=True, delays=False)
+            loops["keyshield, cached, delays off"] = keyshield_loop(cached=True, delays=False)
         if not _absent(result, "flask_httpauth"):
-            loops[f"{stated('Flask-HTTPAuth')}, dict by token, not hashed"] = flask_httpauth_loop(
-                hashed=False
-            )
-            loops[f"{stated('Flask-HTTPAuth')}, dict by SHA-256"] = flask_httpauth_loop(hashed=True)
-        loops[f"{stated('fastapi')} APIKeyHeader, dict, not hashed"] = fastapi_loop(hashed=False)
-        loops[f"{stated('fastapi')} APIKeyHeader, dict by SHA-256"] = fastapi_loop(hashed=True)
+            loops["Flask-HTTPAuth, dict by token, not hashed"] = flask_httpauth_loop(hashed=False)
+            loops["Flask-HTTPAuth, dict by SHA-256"] = flask_httpauth_loop(hashed=True)
+        loops["fastapi APIKeyHeader, dict, not hashed"] = fastapi_loop(hashed=False)
+        loops["fastapi APIKeyHeader, dict by SHA-256"] = fastapi_loop(hashed=True)
         found = interleave(loops, rounds=max(4, int(60 * scale)), count=max(10, int(400 * scale**0.5)))
     for name in list(loops)[1:]:
         goal = KEYSHIELD_GOAL if name.startswith("keyshield") else None
@@ -167,7 +162,7 @@ def _stored(result: Result, scale: float) -> None:
         ) as authenticator:
             loops = {"ours, not cached, SQLite": uncached(authenticator, keys)}
             if not _absent(result, "rest_framework_api_key"):
-                loops[f"{stated('djangorestframework-api-key')}, SQLite"] = drf_loop(Path(folder))
+                loops["djangorestframework-api-key, SQLite"] = drf_loop(Path(folder))
             found = interleave(loops, rounds=max(4, int(40 * scale)), count=max(4, int(100 * scale**0.5)))
     for name in list(loops)[1:]:
         result.add(

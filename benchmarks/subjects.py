@@ -14,15 +14,8 @@ from papaours_auth import KeyFormat, Keys, PepperRing, open_store, parse_peppers
 from papaours_auth.digest import new_pepper
 from papaours_auth.stores import Store
 
+# Whose servers are imported only where one is started: under valgrind an import of SQLAlchemy takes ten seconds.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
-from support.redis_servers import NEWEST, redis_server
-from support.sql_servers import (
-    mariadb,
-    mariadb_binary,
-    postgresql,
-    postgresql_binaries,
-)
 
 TRUST: Final = 3600.0
 """``max_staleness`` where freshness is not what is measured: no reading of the epoch falls into a round."""
@@ -53,6 +46,9 @@ def foreign() -> bytes:
 
 def shared_stores() -> tuple[str, ...]:
     """Give the stores that several processes can share, and this machine can start."""
+    from support.redis_servers import NEWEST
+    from support.sql_servers import mariadb_binary, postgresql_binaries
+
     startable = {"redis": NEWEST, "postgresql": postgresql_binaries(), "mariadb": mariadb_binary()}
     return ("sqlite", *(name for name, binary in startable.items() if binary is not None))
 
@@ -81,6 +77,9 @@ def place(name: str) -> Iterator[Place]:
 def _serve(name: str, folder: Path, stack: ExitStack) -> str:
     if name == "sqlite":
         return f"sqlite:///{folder / 'keys.db'}"
+    from support.redis_servers import NEWEST, redis_server
+    from support.sql_servers import mariadb, postgresql
+
     if name == "redis" and NEWEST is not None:
         return f"redis://{stack.enter_context(redis_server(NEWEST, folder)).address}"
     if name in ("postgresql", "mariadb"):
