@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -16,8 +17,15 @@ from pathlib import Path
 
 import pytest
 
-from papaours_auth import ConfigurationError, Keys, PepperRing, StoreUnavailable, open_store
-from papaours_auth.stores import Author, Store
+from papaours_auth import (
+    ConfigurationError,
+    Keys,
+    PepperRing,
+    StoreUnavailable,
+    open_async_store,
+    open_store,
+)
+from papaours_auth.stores import Author, Found, Store
 from papaours_auth.stores.sqlite import SQLiteStore
 from papaours_auth.verify import Claim, read
 from support.servers import wait_until
@@ -118,6 +126,36 @@ def test_a_fork_leaves_parent_and_child_with_connections_of_their_own(
     check = sqlite3.connect(path)
     assert check.execute("pragma integrity_check").fetchone() == ("ok",)
     check.close()
+
+
+def test_pitfall_21_callers_who_leave_a_slow_store_do_not_pile_up_in_its_queue(
+    path: Path, claim: Claim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("papaours_auth.stores.sqlite.MOST_WAITING", 6)
+    twin = open_async_store(f"sqlite:///{path}")
+    look, gate = twin.sync.lookup, threading.Event()
+
+    def slow(claim: Claim) -> Found:
+        gate.wait(30)
+        return look(claim)
+
+    monkeypatch.setattr(twin.sync, "lookup", slow)
+
+    async def scene() -> None:
+        callers = [asyncio.create_task(twin.lookup(claim)) for _ in range(6)]
+        await asyncio.sleep(0)
+        for caller in callers:
+            caller.cancel()
+        await asyncio.gather(*callers, return_exceptions=True)
+        with pytest.raises(StoreUnavailable, match="slower than the calls come in"):
+            await twin.lookup(claim)
+        gate.set()
+        while twin._waiting:  # type: ignore[attr-defined]  # an AsyncSQLiteStore
+            await asyncio.to_thread(time.sleep, 0.001)
+        assert (await twin.lookup(claim)).record is not None
+        await twin.aclose()
+
+    asyncio.run(scene())
 
 
 def test_a_fork_waits_for_lookups_under_way(store: Store, claim: Claim) -> None:

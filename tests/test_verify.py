@@ -149,7 +149,7 @@ def test_pitfall_09_a_record_found_by_a_loose_comparison_is_unknown() -> None:
 
 
 def test_pitfall_26_the_stored_environment_decides_not_the_keys_text() -> None:
-    claim = replace(CLAIM, environment="prod")
+    claim = CLAIM._replace(environment="prod")
     for stored, app, expected in (
         ("prod", "prod", None),
         ("test", "prod", Reason.WRONG_ENVIRONMENT),

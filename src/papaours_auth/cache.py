@@ -152,15 +152,13 @@ class Cache:
             expiry = monotonic + standing.expires_at.timestamp() - wall
         entry = Entry(digest, standing, record, monotonic + self._lifetime, expiry, tuple(epochs))
         with self.lock:
-            known = self._epochs
+            # Of no partition: nothing would ever evict it.
+            kept = bool(epochs) and abs(wall - monotonic - self._offset) <= CLOCK_SHIFT
             for partition, epoch in epochs.items():
-                if partition in known and epoch.seq < known[partition].seq:
+                known = self._epochs.get(partition)
+                if known is not None and epoch.seq < known.seq:
                     return None, False
-            kept = (
-                bool(epochs)  # of no partition: nothing would ever evict it
-                and all(known.get(partition) == epoch for partition, epoch in epochs.items())
-                and abs(wall - monotonic - self._offset) <= CLOCK_SHIFT
-            )
+                kept = kept and epoch == known
             if kept:
                 self._keep(entry)
         return entry, kept

@@ -42,6 +42,9 @@ class Candidate(NamedTuple):
     digest: bytes
     algorithm: str = ALGORITHM
 
+    def __repr__(self) -> str:
+        return f"Candidate({self.pepper_id!r}, {self.algorithm!r})"
+
 
 def _subkey(pepper: bytes, use: str) -> bytes:
     info = f"papaours-auth/v1/{use}".encode("ascii")
@@ -56,6 +59,13 @@ class Pepper:
     _digest_key: bytes = field(repr=False)
     _tag_key: bytes = field(repr=False)
     _check_key: bytes = field(repr=False)
+    # Begun once: a copy that has taken in its key already takes 0.5 µs less than `hmac.digest` (1.2), twice a lookup.
+    _digests: hmac.HMAC = field(init=False, repr=False, compare=False)
+    _tags: hmac.HMAC = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_digests", hmac.new(self._digest_key, digestmod="sha256"))
+        object.__setattr__(self, "_tags", hmac.new(self._tag_key, digestmod="sha256"))
 
     @classmethod
     def from_bytes(cls, id: str, value: bytes) -> Pepper:  # noqa: A002 - the field's own word
@@ -77,15 +87,25 @@ class Pepper:
 
     def digest(self, presented: bytes) -> bytes:
         """HMAC-SHA256 of the whole key, 32 bytes: what the store keeps and finds it by."""
-        return hmac.digest(self._digest_key, presented, "sha256")
+        return _continued(self._digests, presented)
 
     def tag(self, tagged: bytes) -> int:
         """Give the issuer tag: HMAC-SHA256 of everything before it, its first 32 bits, big-endian."""
-        return int.from_bytes(hmac.digest(self._tag_key, tagged, "sha256")[:4], "big")
+        return int.from_bytes(self.tag_bytes(tagged), "big")
+
+    def tag_bytes(self, tagged: bytes) -> bytes:
+        """Give the same as its 4 bytes."""
+        return _continued(self._tags, tagged)[:4]
 
     def proof(self, installation: str) -> bytes:
         """HMAC-SHA256 of a store's installation id, 32 bytes: kept in the store to recognise this pepper."""
         return hmac.digest(self._check_key, installation.encode("utf-8"), "sha256")
+
+
+def _continued(begun: hmac.HMAC, message: bytes) -> bytes:
+    mac = begun.copy()
+    mac.update(message)
+    return mac.digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +118,7 @@ class PepperRing:
 
     peppers: tuple[Pepper, ...]
     statuses: Mapping[str, PepperStatus] = field(default_factory=dict)
+    _digesting: tuple[Pepper, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.peppers:
@@ -105,6 +126,8 @@ class PepperRing:
         ids = [pepper.id for pepper in self.peppers]
         if len(set(ids)) != len(ids):
             raise ConfigurationError("two peppers have the same id: give each its own")
+        digesting = tuple(pepper for pepper in self.peppers if self.status(pepper) != "retired")
+        object.__setattr__(self, "_digesting", digesting)
 
     def with_statuses(self, statuses: Mapping[str, PepperStatus]) -> PepperRing:
         """Give the same peppers with the statuses a store has recorded."""
@@ -151,19 +174,12 @@ class PepperRing:
 
     def candidates(self, presented: bytes) -> tuple[Candidate, ...]:
         """All digests a key may be stored under, one for each pepper that is not retired."""
-        return tuple(
-            Candidate(pepper.id, pepper.digest(presented))
-            for pepper in self.peppers
-            if self.status(pepper) != "retired"
-        )
+        return tuple([Candidate(pepper.id, pepper.digest(presented)) for pepper in self._digesting])
 
     def issued(self, tagged: bytes, tag: int) -> bool:
         """Tell whether one of these peppers made the tag. All are tried: time does not tell which."""
         found = tag.to_bytes(4, "big")
-        matches = [
-            hmac.compare_digest(pepper.tag(tagged).to_bytes(4, "big"), found) for pepper in self.peppers
-        ]
-        return any(matches)
+        return any([hmac.compare_digest(pepper.tag_bytes(tagged), found) for pepper in self.peppers])  # noqa: C419 - all
 
 
 def parse_peppers(text: str) -> PepperRing:

@@ -11,7 +11,7 @@ import secrets
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, NoReturn
+from typing import Final, NamedTuple, NoReturn
 
 from .exceptions import ConfigurationError, InvalidInput
 
@@ -74,8 +74,7 @@ def _number(text: str) -> int:
     return value
 
 
-@dataclass(frozen=True, slots=True)
-class KeyText:
+class KeyText(NamedTuple):
     """What a well-formed key says about itself. It proves nothing: the store decides.
 
     ``tagged`` is the part an issuer tag covers and ``tag`` the 32-bit tag found; both are None on a foreign
@@ -85,8 +84,11 @@ class KeyText:
     environment: str
     usage: str
     last4: str
-    tagged: bytes | None = field(repr=False)
-    tag: int | None = field(repr=False)
+    tagged: bytes | None
+    tag: int | None
+
+    def __repr__(self) -> str:
+        return f"KeyText({self.environment!r}, {self.usage!r}, {self.last4!r})"
 
     @property
     def foreign(self) -> bool:
@@ -141,18 +143,18 @@ class KeyFormat:
         match = self._pattern.fullmatch(text)
         if match is None:
             return None
-        body = match["body"]
-        environment, usage = match["environment"], match["usage"][1:]
+        environment, usage, body = match.group("environment", "usage", "body")
+        usage = usage[1:]
         if len(body) != MINTED_BODY:
             return KeyText(environment, usage, body[-4:], None, None) if self.foreign else None
-        checked, checksum = text[:-_CHECKSUM], _number(body[-_CHECKSUM:])
+        checked = presented[:-_CHECKSUM]
         # 62**6 > 2**32: larger values are nobody's checksum or tag, and fail these comparisons.
-        if checksum != zlib.crc32(checked.encode("ascii")):
+        if _number(body[-_CHECKSUM:]) != zlib.crc32(checked):
             return None
         tag = _number(body[_RANDOM : _RANDOM + _TAG])
         if tag >= 1 << 32:
             return None
-        return KeyText(environment, usage, body[-4:], checked[:-_TAG].encode("ascii"), tag)
+        return KeyText(environment, usage, body[-4:], checked[:-_TAG], tag)
 
     def mint(self, environment: str, *, usage: str = "", tag: Callable[[bytes], int]) -> Secret:
         """Make a new key. ``tag`` gives the 32-bit issuer tag of the text before it (`PepperRing.tag`).

@@ -93,6 +93,14 @@ class Machine:
     system: bool = False
     grants: tuple[Grant, ...] = ()
     attributes: Mapping[str, str] = field(default_factory=dict)
+    seen: Seen = field(init=False, repr=False, compare=False)
+    """What apps see of it. Made once, so that the identities of all its keys share it."""
+
+    def __post_init__(self) -> None:
+        grants = tuple([grant for grant in self.grants if grant.counts_for(self.organisation)])
+        rights = frozenset([grant.right for grant in grants])
+        info = MachineInfo(self.id, self.name, self.organisation, self.system)
+        object.__setattr__(self, "seen", Seen(info, grants, rights))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +150,14 @@ class MachineInfo(NamedTuple):
     system: bool
 
 
+class Seen(NamedTuple):
+    """What an identity holds of a machine: its grants that count, and the rights they give."""
+
+    machine: MachineInfo
+    grants: tuple[Grant, ...]
+    rights: frozenset[str]
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Who calls, and what they may do. ``rights`` holds only the grants that count for this machine.
@@ -160,13 +176,8 @@ class Identity:
     @classmethod
     def of(cls, key: Key, machine: Machine) -> Identity:
         """Make the identity that a key of this machine proves."""
-        grants = tuple(grant for grant in machine.grants if grant.counts_for(machine.organisation))
-        return cls(
-            KeyInfo(key.id, key.name, key.environment, key.usage, key.expires_at),
-            MachineInfo(machine.id, machine.name, machine.organisation, machine.system),
-            grants,
-            frozenset(grant.right for grant in grants),
-        )
+        info = KeyInfo(key.id, key.name, key.environment, key.usage, key.expires_at)
+        return cls(info, *machine.seen)
 
     def allows(self, right: str, organisation: str | None = None) -> bool:
         """Tell whether the machine has a right, on an organisation's data where one is named.

@@ -10,9 +10,8 @@ from __future__ import annotations
 import hmac
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Final
+from typing import Final, NamedTuple
 
 from .digest import Candidate, PepperRing
 from .exceptions import Reason, Refused
@@ -23,17 +22,18 @@ PARTITIONS: Final = 16
 """Stores that cannot change everything in one step keep keys in this many parts."""
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """A well-formed key: what it may be stored under, and nothing that would give its text away."""
 
     environment: str
     partition: int
-    candidates: tuple[Candidate, ...] = field(repr=False)
+    candidates: tuple[Candidate, ...]
+
+    def __repr__(self) -> str:
+        return f"Claim({self.environment!r}, partition {self.partition})"
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(NamedTuple):
     """What is to be said of a key whatever the request: an identity, or a reason to refuse (or both).
 
     ``identity`` without ``reason`` may come in; with one, it is a known caller that may not; ``reason``

@@ -29,16 +29,14 @@ class Watcher:
         self._stopping = threading.Event()
         self._failing = False
         self._thread: threading.Thread | None = None
-
-    @property
-    def alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread is not None and self._thread.is_alive()
+        self.alive = False
+        """Whether the thread runs. Not `Thread.is_alive`: each uncached call looks, and that takes 0.6 µs."""
 
     def start(self) -> None:
         """Start the thread, unless it runs. One caller at a time."""
         if not self.alive:
-            self._thread = threading.Thread(target=self._run, name="papaours-auth-watcher", daemon=True)
+            self._thread = threading.Thread(target=self._live, name="papaours-auth-watcher", daemon=True)
+            self.alive = True
             self._thread.start()
 
     def poll(self) -> None:
@@ -59,6 +57,12 @@ class Watcher:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=5)
         self._feed.close()
+
+    def _live(self) -> None:
+        try:
+            self._run()
+        finally:
+            self.alive = False
 
     def _run(self) -> None:
         while not self._stopping.is_set():

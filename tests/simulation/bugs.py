@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Final
 
 from papaours_auth import Identity, StoreUnavailable
@@ -51,7 +50,7 @@ class CacheIgnoresExpiry(Bug):
         fill = app.cache.fill
 
         def endless(digest: bytes, standing: Standing, *rest: Any, **times: Any) -> Any:
-            return fill(digest, replace(standing, expires_at=None), *rest, **times)
+            return fill(digest, standing._replace(expires_at=None), *rest, **times)
 
         app.cache.fill = endless  # type: ignore[method-assign]  # the bug
 

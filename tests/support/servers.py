@@ -89,12 +89,12 @@ def stop(process: subprocess.Popen[bytes]) -> int:
         return process.wait()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float, *, what: str) -> None:
-    """Look for a condition until it holds; fail the test where it does not in time."""
+def wait_until(condition: Callable[[], bool], seconds: float, *, what: str | Callable[[], str]) -> None:
+    """Look for a condition until it holds; fail the test where it does not in time, saying what was waited for."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"waited {seconds} s for {what}")
+            raise AssertionError(f"waited {seconds} s for {what if isinstance(what, str) else what()}")
         time.sleep(0.01)
 
 

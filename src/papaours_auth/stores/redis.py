@@ -26,7 +26,7 @@ from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 from .._fork import hold_across_fork
 from ..digest import PepperStatus
-from ..exceptions import ConfigurationError, Conflict, NotFound, StoreUnavailable
+from ..exceptions import ConfigurationError, Conflict, NotFound, StoreUnavailable, UnreadableRecord
 from ..model import Key, Machine, Record
 from ..verify import PARTITIONS, Claim
 from . import (
@@ -159,7 +159,7 @@ def _unpack(packed: bytes) -> list[Any]:  # Any: cells, checked where they are r
     try:
         cells: list[Any] = json.loads(packed.decode())
     except ValueError as error:
-        raise StoreUnavailable("a record of the Redis store cannot be read") from error
+        raise UnreadableRecord("a record of the Redis store cannot be read") from error
     return cells
 
 
@@ -167,7 +167,7 @@ def _key(packed: bytes) -> Key:
     try:
         return read_key(_unpack(packed))
     except (IndexError, ValueError, TypeError) as error:
-        raise StoreUnavailable("a key's record in the Redis store cannot be read") from error
+        raise UnreadableRecord("a key's record in the Redis store cannot be read") from error
 
 
 @lru_cache(maxsize=1024)  # many keys of few machines: by the packed text, so never an old one
@@ -175,7 +175,7 @@ def _machine(packed: bytes) -> Machine:
     try:
         return read_machine(_unpack(packed))
     except (ValueError, TypeError) as error:
-        raise StoreUnavailable("a machine's record in the Redis store cannot be read") from error
+        raise UnreadableRecord("a machine's record in the Redis store cannot be read") from error
 
 
 @lru_cache(maxsize=1024)
@@ -539,7 +539,7 @@ class RedisStore:
         one; where that is broken off, calling it again with the same id goes on.
         """
         there = self._delete_machine(machine_id, author)
-        keys = [key for key in self.keys(machine_id=machine_id) if self._remove_key(key)]
+        keys = [key for key in self.keys(machine_id=machine_id) if self._remove_key(key, author)]
         if not there and not keys:
             raise NotFound(f"the store has no machine {machine_id}")
 
@@ -559,8 +559,9 @@ class RedisStore:
                 return True
         raise _contended()
 
-    def _remove_key(self, key: Key) -> bool:
-        """Remove a key of a machine that is gone. Not logged: its machine's deletion said it all."""
+    def _remove_key(self, key: Key, author: Author) -> bool:
+        """Remove a key of a machine that is gone. Logged, since it is in a partition with an epoch of its own."""
+        entry = _Entry(author, "key.deleted", key.id, {"machine_id": key.machine_id, "name": key.name}, {})
         for _ in range(_TRIES):
             try:
                 partition, packed = self._located_key(key.id)
@@ -577,7 +578,7 @@ class RedisStore:
                 ("SREM", f"of:{key.machine_id}", key.id),
                 ("HINCRBY", "digested", owner[3], -1),
             ]
-            if self._change(partition, [("keys", key.id, packed)], writes, []):
+            if self._change(partition, [("keys", key.id, packed)], writes, [entry]):
                 return True
         raise _contended()
 

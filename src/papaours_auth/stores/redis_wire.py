@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha1
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from socket import socket
 from typing import Any, Final, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -53,6 +54,7 @@ Word: TypeAlias = str | bytes | int
 Command: TypeAlias = tuple[Word, ...]
 _REDIRECTIONS: Final = 4
 _SLOTS: Final = 16384
+_CHUNK: Final = 65536
 _FORM: Final = (
     "a Redis store is written redis://[user:password@]host[:port][/db] (rediss:// with TLS), "
     "redis+cluster://host[:port][,host…] or redis+sentinel://host[:port][,host…]/service[/db], with options "
@@ -72,7 +74,7 @@ class Node(NamedTuple):
 class Ask(NamedTuple):
     """One round trip: commands for one node, all sent before the first reply is read.
 
-    ``packed`` are the same commands as they are sent, where that is known already.
+    ``packed`` is the same as it is sent, where that is one command whose reply is a string: see `Exchange`.
     """
 
     node: Node
@@ -276,7 +278,7 @@ class Router:
         self, partition: int, *commands: Command, write: bool = False, packed: bytes | None = None
     ) -> Steps[list[Any]]:
         """Have the node of a partition answer. Raises `StoreUnavailable` for any error reply."""
-        node = yield from self.locate(partition)
+        node = self._nodes.get(partition) or (yield from self.locate(partition))
         asking = False
         for _ in range(_REDIRECTIONS):
             try:
@@ -392,7 +394,10 @@ class Router:
 
 
 def _problem(replies: Iterable[Any]) -> ResponseError | None:  # Any: see Steps
-    return next((reply for reply in replies if isinstance(reply, ResponseError)), None)
+    for reply in replies:
+        if isinstance(reply, ResponseError):
+            return reply
+    return None
 
 
 def _text(value: bytes | str) -> str:
@@ -468,7 +473,11 @@ def connect(place: Place, node: Node, timeout: float) -> Link:
 
 def converse(link: Link, commands: Iterable[Command], packed: bytes | None = None) -> list[Any]:
     """Send commands and read a reply for each. Error replies are among them, not raised."""
-    link.send_packed_command([packed] if packed is not None else link.pack_commands(commands))
+    if packed is not None:
+        exchanged = _exchanged(link, packed)
+        if exchanged is not None:
+            return [exchanged.reply]
+    link.send_packed_command(link.pack_commands(commands))
     replies = []
     for _ in commands:
         try:
@@ -476,6 +485,58 @@ def converse(link: Link, commands: Iterable[Command], packed: bytes | None = Non
         except ResponseError as error:
             replies.append(error)
     return replies
+
+
+class Exchange(NamedTuple):
+    """A bulk string, or a null, that was read from a connection's own socket.
+
+    redis-py's way to write a command and to read its reply takes 12 µs more (of 30 that a GET takes by its client).
+    """
+
+    reply: bytes | None
+
+
+def _exchanged(link: Link, packed: bytes) -> Exchange | None:
+    """Send a command and read its reply past redis-py. None for any other reply: then ask in redis-py's way."""
+    sock: socket | None = getattr(link, "_sock", None)  # there is no public way to it
+    if sock is None:
+        return None
+    try:
+        sock.sendall(packed)
+        data = _more(sock.recv(_CHUNK))
+        while not _is_whole(data):
+            data += _more(sock.recv(_CHUNK))
+    except BaseException:
+        link.disconnect()  # half a reply may be in it
+        raise
+    return _exchange_of(data)
+
+
+def _more(data: bytes) -> bytes:
+    if not data:
+        raise ConnectionResetError
+    return data
+
+
+def _is_whole(data: bytes) -> bool:
+    """Tell whether a reply has come in to its end: a bulk string's is counted, any other is one line."""
+    if not data.endswith(b"\r\n"):
+        return False
+    length = _length(data)
+    return length is None or len(data) == data.index(b"\n") + length + 3
+
+
+def _length(data: bytes) -> int | None:
+    """Read the length of a bulk string (RESP 2); None for anything else, null too."""
+    head, _, _ = data[1:16].partition(b"\r")
+    return int(head) if data[:1] == b"$" and head.isdigit() else None
+
+
+def _exchange_of(data: bytes) -> Exchange | None:
+    length = _length(data)
+    if length is not None:
+        return Exchange(data[len(data) - length - 2 : -2])
+    return Exchange(None) if data == b"$-1\r\n" else None
 
 
 def hear(link: Link) -> bool | None:
@@ -506,7 +567,9 @@ class Wire:
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
-        self._room = threading.Semaphore(self._place.connections)
+        self._room: SimpleQueue[None] = SimpleQueue()  # a semaphore, without its 0.7 µs
+        for _ in range(self._place.connections):
+            self._room.put(None)
         self._idle: dict[Node, list[Link]] = {}
 
     def drive(self, steps: Steps[_T]) -> _T:
@@ -525,8 +588,12 @@ class Wire:
 
     def _exchange(self, ask: Ask) -> list[Any]:
         room = self._room
-        if not room.acquire(timeout=self._timeout):
-            raise StoreUnavailable("all connections to Redis are in use: see connections= and timeout=")
+        try:
+            room.get(timeout=self._timeout)
+        except Empty:
+            raise StoreUnavailable(
+                "all connections to Redis are in use: see connections= and timeout="
+            ) from None
         try:
             while True:
                 link = self._take(ask)
@@ -539,14 +606,14 @@ class Wire:
                 except (RedisError, OSError) as error:
                     link.disconnect()
                     # One that lay idle while the server was restarted says nothing about the server.
-                    if fresh or ask.write or isinstance(error, RedisTimeoutError):
+                    if fresh or ask.write or isinstance(error, RedisTimeoutError | TimeoutError):
                         raise unreachable(ask.node, error, sent=True) from error
                     self.discard(ask.node)
                     continue
                 self._give(ask.node, link)
                 return replies
         finally:
-            room.release()
+            room.put(None)
 
     def _take(self, ask: Ask) -> Link | None:
         if self._closed:
@@ -751,7 +818,11 @@ _abandoned: list[object] = []  # never finalized
 
 
 async def _converse(link: _AsyncLink, commands: Iterable[Command], packed: bytes | None) -> list[Any]:
-    await link.send_packed_command([packed] if packed is not None else link.pack_commands(commands))
+    if packed is not None:
+        exchanged = await _async_exchanged(link, packed)
+        if exchanged is not None:
+            return [exchanged.reply]
+    await link.send_packed_command(link.pack_commands(commands))
     replies = []
     for _ in commands:
         try:
@@ -759,6 +830,19 @@ async def _converse(link: _AsyncLink, commands: Iterable[Command], packed: bytes
         except ResponseError as error:
             replies.append(error)
     return replies
+
+
+async def _async_exchanged(link: _AsyncLink, packed: bytes) -> Exchange | None:
+    """See `_exchanged`. The caller hangs up where this is broken off."""
+    reader: asyncio.StreamReader | None = getattr(link, "_reader", None)
+    writer: asyncio.StreamWriter | None = getattr(link, "_writer", None)
+    if reader is None or writer is None:
+        return None
+    writer.write(packed)  # no drain: some 300 bytes, and the reply is waited for
+    data = _more(await reader.read(_CHUNK))
+    while not _is_whole(data):
+        data += _more(await reader.read(_CHUNK))
+    return _exchange_of(data)
 
 
 async def _hang_up(link: _AsyncLink) -> None:

@@ -14,7 +14,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeAlias, TypeVar, cast
@@ -60,6 +60,8 @@ LOG_READ: Final = 10_000
 BUSY_TIMEOUT: Final = 5.0
 """Seconds an administrator's write waits for another's. Lookups never wait: WAL readers meet no lock."""
 LOOKUP_THREADS: Final = 4
+MOST_WAITING: Final = 1_000
+"""Lookups of event loops that may wait for those threads; more are refused as an outage."""
 _MMAP_BYTES: Final = 1 << 30
 
 _MIGRATIONS: Final = (Path(__file__).with_name("sqlite_1.sql"),)
@@ -331,6 +333,7 @@ class AsyncSQLiteStore:
     def __init__(self, sync: SQLiteStore) -> None:
         self._sync = sync
         self._executor: ThreadPoolExecutor | None = None
+        self._waiting: set[Future[Any]] = set()  # Any: of whatever is asked
         hold_across_fork(self)
 
     @property
@@ -356,7 +359,13 @@ class AsyncSQLiteStore:
     async def _run(self, call: Callable[[], _T]) -> _T:
         if self._executor is None:
             self._executor = ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="papaours-sqlite")
-        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+        if len(self._waiting) >= MOST_WAITING:
+            raise StoreUnavailable("the SQLite store is slower than the calls come in")
+        asked = self._executor.submit(call)
+        self._waiting.add(asked)
+        asked.add_done_callback(self._waiting.discard)
+        # Shielded, so that callers who leave cannot fill the queue with what nobody counts.
+        return await asyncio.shield(asyncio.wrap_future(asked))
 
     def before_fork(self) -> None:
         """Do nothing: the pool of connections waits for the lookups under way."""
@@ -365,6 +374,7 @@ class AsyncSQLiteStore:
         """Let go of threads that exist in the parent only."""
         if child:
             self._executor = None
+            self._waiting = set()
 
 
 class _SQLiteFeed:
