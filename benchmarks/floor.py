@@ -35,7 +35,7 @@ def run(scale: float = 1.0, *, count_instructions: bool = True) -> Result:
             "Authenticator.cached": looped(authenticator.cached, key),
             "await AsyncAuthenticator.authenticate": awaited(awaiting, key),
         }
-        found = interleave(subjects, rounds=max(4, int(300 * scale)), count=max(20, int(2000 * scale**0.5)))
+        found = interleave(subjects, rounds=max(4, int(600 * scale)), count=1000)
     asyncio.run(awaiting.aclose())
     for name in list(subjects)[1:]:
         goal = GOAL if name == "Authenticator.authenticate" else None

@@ -148,7 +148,11 @@ def driven(call: Callable[[], Coroutine[Any, Any, object]]) -> Loop:
 
 
 def interleave(subjects: Mapping[str, Loop], *, rounds: int, count: int) -> dict[str, list[float]]:
-    """Give the nanoseconds a call took in each round; the subjects take turns, and begin at another one each time."""
+    """Give the nanoseconds a call took in each round; the subjects take turns, and begin at another one each time.
+
+    A round is best shorter than a millisecond: on a busy machine a longer one is seldom left alone, and those of the
+    slower subject more seldom than those of the faster.
+    """
     found: dict[str, list[float]] = {name: [] for name in subjects}
     names = list(subjects)
     for loop in subjects.values():

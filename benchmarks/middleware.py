@@ -53,7 +53,7 @@ def run(scale: float = 1.0) -> Result:
 
 
 def _compare(result: Result, kind: str, peer: str, others: int, loops: dict[str, Loop], scale: float) -> None:
-    found = interleave(loops, rounds=max(4, int(150 * scale)), count=max(20, int(1000 * scale**0.5)))
+    found = interleave(loops, rounds=max(4, int(600 * scale)), count=200)
     theirs = added(found["theirs"], found["bare"])
     for name, words in VARIANTS.items():
         if name in found:

@@ -33,7 +33,7 @@ A goal that is missed is printed as missed, with the reason.
 def main() -> int:
     found = {path.stem: load(path) for path in sorted(RESULTS.glob("*.json"))}
     write_page(PAGE, found)
-    missed = [row.what for row in ROWS if verdict(answers(row, _results(found))) == "MISSED"]
+    missed = [row.what for row in ROWS if verdict(row, answers(row, _results(found))) == "MISSED"]
     print(f"{PAGE.name}: {len(found)} benchmarks; goals missed: {len(missed)} of {len(ROWS)}")
     return 0
 
@@ -82,14 +82,14 @@ def _goal(row: Row, figures: list[Figure]) -> str:
     reasons = dict.fromkeys(
         figure.reason for figure in figures if figure.verdict == "MISSED" and figure.reason
     )
-    judged = " ".join([f"**{word}**" if (word := verdict(figures)) == "MISSED" else word, *reasons])
+    judged = " ".join([f"**{word}**" if (word := verdict(row, figures)) == "MISSED" else word, *reasons])
     return _row(
         row.what,
         row.reach,
         "<br>".join(values),
         "<br>".join(spreads),
         judged,
-        f"`make bench-{row.benchmark}`",
+        f"`{row.command}`",
     )
 
 
@@ -102,6 +102,7 @@ def _label(figure: Figure, row: Row) -> str:
 def _section(machine: Machine, result: Result, folder: str) -> Iterator[str]:
     yield f"## {result.name}\n\n{result.title}.\n"
     scale = "" if result.scale == 1 else f" ARGS='--scale {result.scale:g}'"
+    # One command for the table below, and how long it took here.
     yield f"```sh\nmake bench-{result.name}{scale}  # {result.seconds:.0f} s here\n```\n"
     if scale:
         yield f"A short run at scale {result.scale:g}, with more noise than a whole one.\n"

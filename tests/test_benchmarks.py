@@ -12,6 +12,7 @@ import pytest
 
 harness = pytest.importorskip("benchmarks.harness", reason="benchmarks/ is not here: this is the built wheel")
 
+from benchmarks import __main__ as bench  # noqa: E402
 from benchmarks import (  # noqa: E402
     cold,
     flood,
@@ -166,8 +167,15 @@ def test_the_report_has_every_goal_with_its_figure_and_the_reason_of_a_miss(tmp_
     assert "0.5 x" in bare
     assert "0.4 - 0.6" in bare
     assert "**MISSED** too slow" in bare
-    assert sum("not measured" in line for line in rows) == len(goals.ROWS) - 1
+    assert sum("not measured" in line for line in rows) == len(goals.ROWS) - 2
+    assert any("held by a test | `make usage-faults`" in line for line in rows)
     assert "make bench-server ARGS='--scale 0.1'  # 12 s here" in page
+
+
+def test_all_benchmarks_run_some_at_a_part_of_their_scale() -> None:
+    assert bench.scale_of("usage", 1.0, alone=True) == 1.0
+    assert bench.scale_of("usage", 1.0, alone=False) == bench.SHORTER["usage"]
+    assert bench.scale_of("floor", 0.5, alone=False) == 0.5
 
 
 def test_the_report_shows_the_plots_of_now_alone(tmp_path: Path) -> None:
@@ -181,9 +189,11 @@ def test_the_report_shows_the_plots_of_now_alone(tmp_path: Path) -> None:
 
 def test_a_row_is_judged_by_its_worst_figure() -> None:
     good, bad = Figure("a", 1.0, goal=1.0), Figure("b", 2.0, goal=1.0)
-    assert goals.verdict([good]) == "met"
-    assert goals.verdict([good, bad]) == "MISSED"
-    assert goals.verdict([]) == "not measured"
+    measured = goals.Row("a", "<= 1", "floor", ("a", "b"))
+    assert goals.verdict(measured, [good]) == "met"
+    assert goals.verdict(measured, [good, bad]) == "MISSED"
+    assert goals.verdict(measured, []) == "not measured"
+    assert goals.verdict(goals.Row("a", "0", "", (), "make usage-faults"), []) == "held by a test"
 
 
 # the guard
@@ -328,6 +338,20 @@ def test_peers_that_answer_from_memory_run(modules: tuple[str, ...]) -> None:
     for module in modules:
         pytest.importorskip(module, reason=f"{module} is not installed: it comes with the group bench")
     assert peers.keyshield_loop(cached=True, delays=False)(2) > 0
+
+
+def test_a_peer_on_sqlite_is_measured_with_what_sqlite_alone_takes() -> None:
+    result = Result("peers", "Peers")
+    slow = {peers.DRF: [300e3], peers.DRF_BARE: [20e3], peers.OURS: [50e3], peers.OURS_BARE: [10e3]}
+    peers._report_stored(result, slow)
+    (figure,) = result.missed
+    assert figure.value == 6.0
+    assert "10 of our 50 µs" in figure.reason
+    assert "would have to take us 28 µs" in figure.reason  # 300 / 8 - 10
+    with place("sqlite") as there:
+        key = one_key(there.url, there.peppers)[0].encode()
+        with Authenticator(there.url, environment="prod", peppers=there.peppers) as door:
+            assert peers.our_statement(door, key)(2) > 0
 
 
 def test_peers_run_with_fastapi_alone() -> None:
