@@ -62,7 +62,7 @@ def run(scale: float = 1.0) -> Result:
             curves[NAMES[store]] = _measure(result, stack, store, there, turns=max(2, int(40 * scale)))
             if store == "redis":
                 _against_get(
-                    result, there[10_000 if 10_000 in there else min(there)], rounds=int(150 * scale)
+                    result, there[10_000 if 10_000 in there else min(there)], rounds=int(600 * scale)
                 )
     result.add("in the cache", _cached_bytes(), "bytes/key")
     result.plots.append(
@@ -171,7 +171,7 @@ def round_trips(store: Filled) -> float:
 def _against_get(result: Result, there: Filled, *, rounds: int) -> None:
     """Compare whole calls with keys that were never asked for, so that nothing is cached nor evicted."""
     rounds = max(2, rounds)
-    count = min(50, len(there.keys) // (rounds + 1))
+    count = min(10, len(there.keys) // (rounds + 1))
     store = open_store(there.url)
     claims = [_claim(store, there, text) for text in there.keys]
     each, text = itertools.cycle(claims), itertools.cycle(there.keys)

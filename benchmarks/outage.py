@@ -37,7 +37,7 @@ KINDS: Final[dict[str, Kind]] = {
 def run(scale: float = 1.0) -> Result:
     result = Result("outage", f"A store away for {SECONDS * scale:.0f} s under load, on_outage=refuse")
     lines = {name: _measure(result, name, kind, SECONDS * scale) for name, kind in KINDS.items()}
-    title = "p99 of each second's calls, the worst of four processes; the store is away from 0 on"
+    title = f"p99 of calls by the second; the store is away from 0 to {SECONDS * scale:.0f}"
     result.plots.append(Plot("outage", title, "lines", "seconds", "ms", lines, log="y"))
     return result
 

@@ -12,7 +12,7 @@ from html import escape
 from typing import Any, Final, Literal
 
 WIDTH, HEIGHT = 720, 300
-LEFT, RIGHT, TOP, BOTTOM = 70, 20, 46, 46
+LEFT, RIGHT, TOP, BOTTOM = 70, 36, 46, 46
 BAR: Final = 26
 COLORS: Final = ("#2f81c8", "#d9730d", "#2f9e5f", "#b455b8", "#c44343", "#8a8a2a", "#5f7f8f", "#a0694a")
 """Of middling lightness: each stands out from white and from black."""
@@ -46,9 +46,12 @@ class Plot:
         return cls(**{**content, "series": series})
 
 
-def histogram(values: Sequence[float], *, bins_a_decade: int = 10) -> list[Point]:
-    """Count values above 0 in bins of equal length on a logarithmic axis: shares of all, by the bins' left edges."""
-    places = [math.floor(math.log10(max(value, 1e-9)) * bins_a_decade) for value in values]
+def histogram(values: Sequence[float], *, bins_a_decade: int = 10, least: float = 0.1) -> list[Point]:
+    """Count values in bins of equal length on a logarithmic axis: shares of all, by the bins' left edges.
+
+    What is below ``least``, such as 0, is counted as that.
+    """
+    places = [math.floor(math.log10(max(value, least)) * bins_a_decade) for value in values]
     return [
         (10 ** (place / bins_a_decade), places.count(place) / len(places))
         for place in range(min(places), max(places) + 2)
@@ -88,8 +91,9 @@ def _curves(plot: Plot) -> Iterator[str]:
         log="y" in plot.log,
     )
     yield from _grid(plot, across, up)
-    for number, (name, series) in enumerate(plot.series.items()):
-        color = COLORS[number % len(COLORS)]
+    yield from _legend(list(plot.series))
+    for number, series in enumerate(plot.series.values()):
+        color = _color(number)
         path = (_steps if plot.kind == "steps" else _line)(series, across.place, up.place)
         yield f'<path d="{path}" fill="none" stroke="{color}" stroke-width="2"/>'
         if plot.kind == "lines" and len(series) < 20:
@@ -97,13 +101,18 @@ def _curves(plot: Plot) -> Iterator[str]:
                 f'<circle cx="{across.place(x):.1f}" cy="{up.place(y):.1f}" r="3" fill="{color}"/>'
                 for x, y in series
             )
-        yield from _legend(number, name, color)
 
 
-def _legend(number: int, name: str, color: str) -> Iterator[str]:
-    left, top = LEFT + 12 + (number % 4) * 160, 30 + (number // 4) * 14
-    yield f'<rect x="{left}" y="{top}" width="10" height="10" fill="{color}"/>'
-    yield _text(left + 15, top + 9, name)
+def _legend(names: Sequence[str]) -> Iterator[str]:
+    left: float = LEFT
+    for number, name in enumerate(names):
+        yield f'<rect x="{left:.0f}" y="30" width="10" height="10" fill="{_color(number)}"/>'
+        yield _text(left + 15, 39, name)
+        left += 34 + 6.5 * len(name)
+
+
+def _color(number: int) -> str:
+    return COLORS[number % len(COLORS)]
 
 
 def _line(series: Sequence[Point], across: Callable[[float], float], up: Callable[[float], float]) -> str:
@@ -124,10 +133,12 @@ class _Axis:
         self._log = log
         self._begin, self._end = begin, end
         lowest, highest = min(values), max(values)
+        self._step = 0.0 if log else _step((highest - lowest) / 5)
         if log:
             lowest, highest = 10 ** math.floor(math.log10(lowest)), 10 ** math.ceil(math.log10(highest))
         else:
-            highest = _round_up(highest)
+            lowest = math.floor(lowest / self._step) * self._step
+            highest = math.ceil(highest / self._step) * self._step
         self._lowest, self._highest = lowest, highest if highest > lowest else lowest + 1
 
     def place(self, value: float) -> float:
@@ -141,15 +152,16 @@ class _Axis:
         if self._log:
             first, last = round(math.log10(self._lowest)), round(math.log10(self._highest))
             return [10.0**power for power in range(first, last + 1)]
-        return [self._lowest + (self._highest - self._lowest) * part / 4 for part in range(5)]
+        count = round((self._highest - self._lowest) / self._step)
+        return [self._lowest + self._step * number for number in range(count + 1)]
 
 
-def _round_up(value: float) -> float:
-    """Give the next number with one digit, or 2.5 of its power: an axis ends there."""
-    if value <= 0:
+def _step(least: float) -> float:
+    """Give the next of 1, 2, 5, 10, 20…: what people count in."""
+    if least <= 0:
         return 1.0
-    power = 10.0 ** math.floor(math.log10(value))
-    return next(step * power for step in (1, 2, 2.5, 3, 4, 5, 6, 8, 10) if step * power >= value * 0.999)
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= least * 0.999)
 
 
 def _grid(plot: Plot, across: _Axis, up: _Axis) -> Iterator[str]:
@@ -166,7 +178,7 @@ def _grid(plot: Plot, across: _Axis, up: _Axis) -> Iterator[str]:
 
 
 def _tick(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 10 or value == int(value) else f"{value:.3g}"
 
 
 def _text(x: float, y: float, words: str, *, anchor: str = "start", extra: str = "") -> str:

@@ -135,6 +135,19 @@ def test_a_plot_is_svg_within_its_bounds_and_readable_in_the_dark(plot: Plot) ->
     assert Plot.of(json.loads(json.dumps(plot.__dict__))) == plot
 
 
+def test_what_is_too_small_for_a_logarithmic_axis_is_counted_at_its_end() -> None:
+    (edge, share), (end, nothing) = histogram([0.0, 0.05, 0.1], least=0.1)
+    assert (edge, end) == (pytest.approx(0.1), pytest.approx(10**-0.9))
+    assert (share, nothing) == (1.0, 0.0)
+
+
+def test_an_axis_counts_as_people_do() -> None:
+    drawn = svg(PLOTS[3])
+    assert [text for text in re.findall(r">([-\d.,]+)<", drawn) if "." in text or text in "01"] == [
+        "0.01", "0.1", "1", "0", "0.2", "0.4", "0.6", "0.8", "1",
+    ]  # fmt: skip
+
+
 def test_a_histogram_counts_every_value_once() -> None:
     values = [0.3, 1.0, 1.01, 20.0, 20.1, 19.0]
     shares = histogram(values)
