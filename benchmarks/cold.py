@@ -21,7 +21,7 @@ from typing import Any, Final
 import redis
 import redis.asyncio
 
-from papaours_auth import AsyncAuthenticator, Authenticator, KeyFormat, Refused, open_async_store, open_store
+from papaours_auth import AsyncAuthenticator, Authenticator, KeyFormat, open_async_store, open_store
 from papaours_auth.stores import Store
 from papaours_auth.verify import Claim, read
 
@@ -43,7 +43,6 @@ SIZES: Final = (1_000, 10_000, 100_000, 1_000_000)
 HUGE: Final = 10_000_000
 HUGE_BYTES: Final = 12 << 30  # free on the disk: the file is a third, the rest is what sorting takes
 ASKED: Final = 200  # keys a round
-PATIENCE: Final = 120.0
 FILLERS: Final[dict[str, Callable[[ExitStack, Sequence[int]], dict[int, Filled]]]] = {
     "sqlite": filled.sqlite,
     "redis": filled.redis_prefixes,
@@ -114,8 +113,6 @@ def rounds(stack: ExitStack, there: Mapping[int, Filled], *, turns: int) -> dict
     """Give the nanoseconds of each call of each turn; the sizes take turns."""
     doors = {size: stack.enter_context(uncaching(store, store.url)) for size, store in there.items()}
     found: dict[int, list[list[int]]] = {size: [] for size in there}
-    for size, door in doors.items():
-        _wake(door, there[size].keys[0])
     for turn in range(turns + 1):
         for size, door in doors.items():
             keys = there[size].keys
@@ -127,18 +124,6 @@ def rounds(stack: ExitStack, there: Mapping[int, Filled], *, turns: int) -> dict
 
 def uncaching(store: Filled, url: str) -> Authenticator:
     return Authenticator(url, environment="prod", peppers=store.peppers, max_staleness=TRUST, max_known=1)
-
-
-def _wake(door: Authenticator, key: bytes) -> None:
-    """Wait for a server that is still writing down what it was filled with."""
-    deadline = time.monotonic() + PATIENCE
-    while door.cached(key) is None:
-        try:
-            door.authenticate(key)
-        except Refused:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
 
 
 def _timed(door: Authenticator, sample: Sequence[bytes]) -> list[int]:

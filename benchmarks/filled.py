@@ -29,6 +29,8 @@ PRESENTED: Final = 10_000
 """Keys that are presented: uniform among the digests, as all digests are uniform."""
 COMMON: Final = 100
 DIGEST_COLUMNS: Final = ("digest", "key_id", "pepper_id", "algorithm")
+PATIENCE: Final = 30
+"""Seconds a store is waited for: a server that was just filled, on a busy machine, is slow to answer."""
 _BATCH: Final = 10_000
 
 
@@ -223,7 +225,8 @@ def mariadb_databases(stack: ExitStack, sizes: Sequence[int]) -> dict[int, Fille
 
 def _sql_database(server: SQLServer, words: _SQL, size: int) -> Filled:
     name = server.database()
-    model = modelled(server.url(name), size)
+    url = f"{server.url(name)}?timeout={PATIENCE}"
+    model = modelled(url, size)
     (empty,) = server.execute(words.sizes.format(database=name))[0]
     if size > len(model.presented):
         server.execute(*_sql_statements(model, words, size - len(model.presented)), database=name)
@@ -237,7 +240,7 @@ def _sql_database(server: SQLServer, words: _SQL, size: int) -> Filled:
     server.execute(words.finish, database=name)
     (full,) = server.execute(words.sizes.format(database=name))[0]
     taken = float(str(full)) - float(str(empty))
-    return Filled(server.url(name), model.peppers, model.presented, taken / size, server.port)
+    return Filled(url, model.peppers, model.presented, taken / size, server.port)
 
 
 def _sql_statements(model: Model, words: _SQL, count: int) -> Iterator[str]:
@@ -279,7 +282,7 @@ def redis_prefixes(stack: ExitStack, sizes: Sequence[int]) -> dict[int, Filled]:
 
 def _redis_prefix(client: redis.Redis, port: int, size: int) -> Filled:
     prefix = f"k{size}"
-    url = f"redis://127.0.0.1:{port}/?prefix={prefix}"
+    url = f"redis://127.0.0.1:{port}/?prefix={prefix}&timeout={PATIENCE}"
     before = _used(client)
     model = modelled(url, size)
     pairs = [
