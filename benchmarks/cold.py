@@ -136,7 +136,10 @@ def _timed(door: Authenticator, sample: Sequence[bytes]) -> list[int]:
 
 
 def round_trips(store: Filled) -> float:
-    """Count how often a verification waits for the server; an SQLite file is none."""
+    """Count how often a verification waits for the server; an SQLite file is none.
+
+    Only the busiest connection counts: a watcher that polls has one of its own.
+    """
     if not store.port:
         return 0.0
     with Counting(store.port) as proxy:
@@ -144,10 +147,10 @@ def round_trips(store: Filled) -> float:
         with uncaching(store, url) as door:
             for key in store.keys[:10]:  # connected, prepared
                 door.authenticate(key)
-            before = proxy.turns
+            before = proxy.turns.copy()
             for key in store.keys[10:60]:
                 door.authenticate(key)
-            return (proxy.turns - before) / 50
+            return max((proxy.turns - before).values()) / 50
 
 
 # Redis against a bare GET
