@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all test-lowest check simulate usage-faults bench bench-guard clean
+.PHONY: demo test test-all test-lowest check simulate usage-faults bench bench-guard bench-report clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/papaours-auth demo $(if $(KEEP),--keep)
@@ -41,13 +41,19 @@ simulate: $(VENV)/.test
 usage-faults: $(VENV)/.test
 	PAPAOURS_FAULT_SCALE=1 $(BIN)/python -m pytest tests/test_usage_faults.py --durations=0 $(ARGS)
 
-# All benchmarks, or one: `make bench-floor`. A load generator and instruction counts need wrk and valgrind.
+# All benchmarks (15 minutes), or one: `make bench-floor`; ARGS='--scale 0.1' for a short run. Each prints a table
+# and writes benchmarks/results/. A load generator and instruction counts need wrk and valgrind.
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
 
 bench-%: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $* $(ARGS)
 
+# Writes docs/performance.md from benchmarks/results/.
+bench-report: $(VENV)/.test
+	$(BIN)/python -m benchmarks.report
+
+# Fails where a ratio became worse than noise explains: two minutes.
 bench-guard: $(VENV)/.test
 	$(BIN)/python -m benchmarks.guard
 

@@ -1,38 +1,57 @@
 """A flood of distinct forged keys: what it costs the store, the memory, and the clients with valid keys.
 
-The effect on valid clients is measured in open loop, at one process that serves in order of arrival: requests
-come at times drawn beforehand, and a latency runs from that time on, so a request that waits for a forged one
-counts its waiting. A request is the ASGI middleware around an app that works for `WORK` seconds, as one that
-answers from a template or a database driver does.
+Store reads and memory are counted in the process, over a million keys. The effect on valid clients is measured over
+HTTP, in open loop: one client process with a valid key and one with forged ones, windows with and without the latter
+in turn, at one uvicorn worker on cores of its own.
 """
 
 from __future__ import annotations
 
-import asyncio
-import random
-import secrets
+import re
+import shutil
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final, cast
+from tempfile import TemporaryDirectory
+from typing import Any, Final, TypeAlias, cast
 
-from papaours_auth import AsyncAuthenticator, Authenticator, KeyFormat, PepperRing, Refused, open_async_store
-from papaours_auth.asgi import PapaoursAuthMiddleware, Receive, Scope, Send
+from papaours_auth import Authenticator, PepperRing, Refused, open_store
+from papaours_auth.digest import PEPPER_VARIABLE
 from papaours_auth.stores import Found, Store
 from papaours_auth.verify import Claim
 
-from .harness import Result, percentile, quartiles
-from .middleware import fill
-from .subjects import TRUST, new_peppers, one_key
+from .harness import Result, on_cores, percentile, resampled
+from .open_loop import Client
+from .server import CASES, serving
+from .subjects import TRUST, foreign, forged, new_peppers, one_key, place
+
+Pair: TypeAlias = tuple[list[float], list[float]]
+"""Latencies of a quiet window and of its flooded neighbour, in microseconds."""
 
 FORGED: Final = 1_000_000
 BATCH: Final = 10_000
 FOREIGN: Final = 50_000
 GOAL: Final = 1.2
+REASON: Final = (
+    "a request that is refused takes the one worker as long as any small answer does, so valid requests queue behind "
+    "it; see the control for what chance alone makes of this ratio"
+)
 SHARE: Final = 0.1
-"""Forged keys come at this share of what the process can refuse."""
-WORK: Final = 200e-6
-VALID_EACH: Final = 1e-3  # seconds between two valid requests, on average
+"""Forged keys come at this share of what the server can refuse."""
+VALID_RATE: Final = 500.0  # requests a second: some 15 % of what the worker can do
+WINDOW: Final = 1.0  # seconds
+TURNS: Final = 30
+CAPACITY_KEYS: Final = 50_000
+LUA: Final = """\
+local keys, at = {{}}, 0
+for key in io.lines("{keys}") do keys[#keys + 1] = key end
+request = function()
+  at = at % #keys + 1
+  return wrk.format("GET", "/", {{["X-API-KEY"] = keys[at]}})
+end
+"""
 
 
 class Counting:
@@ -50,23 +69,14 @@ class Counting:
         return getattr(self._store, name)
 
 
-def forged() -> bytes:
-    """Make a key of our format with a right checksum, by someone who has no pepper."""
-    return KeyFormat().mint("prod", tag=lambda _: secrets.randbits(32)).reveal().encode()
-
-
-def foreign() -> bytes:
-    return f"pk_prod_{secrets.token_hex(10)}".encode()
-
-
 def run(scale: float = 1.0) -> Result:
     result = Result("flood", "A flood of distinct forged keys")
-    peppers, store = new_peppers(), open_async_store("memory://")
-    valid = one_key(store.sync, peppers)[0]
+    peppers, store = new_peppers(), open_store("memory://")
+    valid = one_key(store, peppers)[0]
     count = max(100, int(FORGED * min(1.0, scale)))
-    _flood(result, f"{count:,} forged in our format", forged, count, store.sync, peppers, valid)
-    _flood(result, "foreign", foreign, max(100, int(FOREIGN * min(1.0, scale))), store.sync, peppers, valid)
-    asyncio.run(_bystanders(result, store, peppers, valid, turns=max(2, int(20 * scale))))
+    _flood(result, "forged in our format", forged, count, store, peppers, valid)
+    _flood(result, "foreign", foreign, max(100, int(FOREIGN * min(1.0, scale))), store, peppers, valid)
+    _over_http(result, turns=max(2, int(TURNS * scale)))
     return result
 
 
@@ -95,6 +105,7 @@ def _flood(
                 memory = resident()  # what the bounded negative cache may hold is there by now
         reads = counting.lookups - asked
         still = authenticator.cached(valid.encode()) is not None
+    result.add(f"{what}: distinct keys presented", count, "keys")
     result.add(f"{what}: store reads", reads, "reads", goal=0 if make is forged else None)
     result.add(f"{what}: refused", count / spent * 1e9, "keys/s")
     if memory:
@@ -111,82 +122,103 @@ def _refuse(authenticator: Authenticator, keys: list[bytes]) -> None:
         raise RuntimeError("a forged key came in")
 
 
-def resident() -> float:
-    """Give the resident memory of this process in MiB (Linux)."""
+def resident(pid: int | str = "self") -> float:
+    """Give the resident memory of a process in MiB (Linux)."""
     try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
     except OSError:
         return 0.0
     return pages * 4096 / 2**20
 
 
-async def _bystanders(result: Result, store: Any, peppers: PepperRing, valid: str, *, turns: int) -> None:
-    authenticator = AsyncAuthenticator(store, environment="prod", peppers=peppers, max_staleness=TRUST)
-    await fill(authenticator, valid)
-    app = PapaoursAuthMiddleware(_working, authenticator=authenticator)
-    quiet: list[float] = []
-    loud: list[float] = []
-    refusals = 1 / await _seconds_each(app, [forged() for _ in range(2000)])
-    for turn in range(turns):
-        pair = [(quiet, 0.0), (loud, refusals * SHARE)]
-        for latencies, each_second in pair if turn % 2 else pair[::-1]:
-            latencies.append(percentile(await _open_loop(app, valid, each_second), 0.99))
-    await authenticator.aclose()
-    each = sorted(b / a for a, b in zip(quiet, loud, strict=True))
-    result.add("capacity: requests with forged keys refused by the middleware", refusals, "a second")
-    result.add("valid clients' p99, quiet", percentile(quiet, 0.5) * 1e6, "µs", spread=_micro(quiet))
-    result.add("valid clients' p99, flooded at 10 %", percentile(loud, 0.5) * 1e6, "µs", spread=_micro(loud))
-    result.add(
-        "valid clients' p99, flooded / quiet", percentile(each, 0.5), spread=quartiles(each), goal=GOAL
+def refused_a_second(port: int, folder: Path) -> float:
+    """Measure how many forged keys, all distinct, the server refuses a second: by wrk, or a client of ours."""
+    if shutil.which("wrk") is None:
+        with Client(port, "forged") as client:
+            client.begin(20_000, 0.2)
+            begin = time.perf_counter()
+            return len(client.end("401")) / (time.perf_counter() - begin)
+    keys, script = folder / "keys", folder / "forged.lua"
+    keys.write_bytes(b"\n".join(forged() for _ in range(CAPACITY_KEYS)))
+    script.write_text(LUA.format(keys=keys), encoding="ascii")
+    asked = subprocess.run(
+        ["wrk", "-t1", "-c16", "-d2s", "-s", str(script), f"http://127.0.0.1:{port}/"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
+    found = re.search(r"Requests/sec:\s+([\d.]+)", asked.stdout)
+    if found is None:
+        raise RuntimeError(f"wrk prints something else now: {asked.stdout}")
+    return float(found[1])
 
 
-def _micro(values: list[float]) -> tuple[float, float]:
-    lower, upper = quartiles(values)
-    return lower * 1e6, upper * 1e6
+def _over_http(result: Result, *, turns: int) -> None:
+    """Hold valid clients' latencies in windows with a flood against those in windows without, in turn."""
+    with place("sqlite") as there, TemporaryDirectory() as folder, ExitStack() as stack:
+        key = one_key(there.url, there.peppers)[0]
+        guard = {"PAPAOURS_STORE": there.url, PEPPER_VARIABLE: there.secret}
+        server = stack.enter_context(serving(CASES[0], guard, key))
+        with on_cores(last=True):
+            capacity = refused_a_second(server.port, Path(folder))
+            valid, attacker = (stack.enter_context(Client(server.port, who)) for who in (key, "forged"))
+            pairs, memory = _windows(valid, attacker, capacity * SHARE, turns, server.pid)
+    _report_http(result, capacity, pairs, memory)
 
 
-async def _working(scope: Scope, receive: Receive, send: Send) -> None:
-    until = time.perf_counter() + WORK
-    while time.perf_counter() < until:
-        pass
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": b"ok"})
+def _windows(
+    valid: Client, attacker: Client, forged_a_second: float, turns: int, pid: int
+) -> tuple[list[Pair], float]:
+    """Give the latencies of each pair of windows, and by how many MiB the server grew after the first ones."""
+    pairs: list[Pair] = []
+    memory = 0.0
+    for turn in range(turns + 2):
+        found: dict[bool, list[float]] = {}
+        for flooded in (True, False) if turn % 2 else (False, True):
+            attacker.begin(forged_a_second if flooded else 0.0, WINDOW + 0.1)
+            valid.begin(VALID_RATE, WINDOW)
+            found[flooded] = valid.end("200")
+            attacker.end("401")
+        if turn == 1:  # the first two warm everything
+            memory = resident(pid)
+        elif turn > 1:
+            pairs.append((found[False], found[True]))
+    return pairs, resident(pid) - memory
 
 
-async def _serve(app: Any, key: bytes) -> None:
-    async def send(message: Any) -> None:
-        pass
-
-    await app({"type": "http", "method": "GET", "path": "/", "headers": [(b"x-api-key", key)]}, None, send)
-
-
-async def _seconds_each(app: Any, keys: list[bytes]) -> float:
-    begin = time.perf_counter()
-    for key in keys:
-        await _serve(app, key)
-    return (time.perf_counter() - begin) / len(keys)
+def p99_ratio(pairs: Sequence[Pair]) -> float:
+    """Give flooded / quiet of the p99 over all windows: single windows have too few answers beyond it."""
+    quiet, loud = ([latency for pair in pairs for latency in pair[which]] for which in (0, 1))
+    return percentile(loud, 0.99) / percentile(quiet, 0.99)
 
 
-async def _open_loop(app: Any, valid: str, forged_each_second: float, seconds: float = 0.4) -> list[float]:
-    """Serve what arrives in order, and give the latencies of the valid requests."""
-    arrivals = [(at, valid.encode(), True) for at in _times(1 / VALID_EACH, seconds)]
-    arrivals += [(at, forged(), False) for at in _times(forged_each_second, seconds)]
-    arrivals.sort()
-    latencies = []
-    begin = time.perf_counter()
-    for at, key, counts in arrivals:
-        while time.perf_counter() < begin + at:
-            pass
-        await _serve(app, key)
-        if counts:
-            latencies.append(time.perf_counter() - begin - at)
-    return latencies
-
-
-def _times(rate: float, seconds: float) -> list[float]:
-    """Draw Poisson arrivals."""
-    found, at = [], 0.0
-    while rate and (at := at + random.expovariate(rate)) < seconds:
-        found.append(at)
-    return found
+def _report_http(result: Result, capacity: float, pairs: Sequence[Pair], memory: float) -> None:
+    quiet, loud = ([latency for pair in pairs for latency in pair[which]] for which in (0, 1))
+    # Quiet windows against quiet ones, by turns: what the ratio would be of nothing at all.
+    control = [(a[0], b[0]) for a, b in zip(pairs[::2], pairs[1::2], strict=False)]
+    bounds = "spread: nine of ten resamplings of the windows"
+    result.add(
+        "HTTP: capacity: forged keys refused", capacity, "a second", note="uvicorn, FastAPI JSON route"
+    )
+    result.add(
+        "HTTP: answers to valid clients", len(quiet) + len(loud), "", note=f"{VALID_RATE:.0f} a second"
+    )
+    for share, what in ((0.5, "p50"), (0.99, "p99")):
+        result.add(f"HTTP: valid clients' {what}, quiet", percentile(quiet, share), "µs")
+        result.add(f"HTTP: valid clients' {what}, forged keys at 10 %", percentile(loud, share), "µs")
+    result.add(
+        "HTTP: valid clients' p99, flooded / quiet",
+        p99_ratio(pairs),
+        spread=resampled(pairs, p99_ratio),
+        goal=GOAL,
+        note=bounds,
+        reason=REASON,
+    )
+    if control:
+        result.add(
+            "HTTP: valid clients' p99, quiet / quiet (control)",
+            p99_ratio(control),
+            spread=resampled(control, p99_ratio),
+            note=bounds,
+        )
+    result.add("HTTP: the server's memory grown", memory, "MiB", goal=4)

@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable
 from hashlib import blake2b
 from hmac import compare_digest
+from timeit import Timer
 from typing import Final
 
 from papaours_auth import AsyncAuthenticator, Authenticator, open_async_store
 
 from .harness import Loop, Result, compared, interleave, looped
+from .plots import Plot
 from .subjects import TRUST, new_peppers, one_key
 
 GOAL: Final = 1.25
@@ -33,12 +35,13 @@ def run(scale: float = 1.0, *, count_instructions: bool = True) -> Result:
             "Authenticator.cached": looped(authenticator.cached, key),
             "await AsyncAuthenticator.authenticate": awaited(awaiting, key),
         }
-        found = interleave(subjects, rounds=max(4, int(300 * scale)), count=max(20, int(2000 * scale**0.5)))
+        found = interleave(subjects, rounds=max(4, int(600 * scale)), count=1000)
     asyncio.run(awaiting.aclose())
     for name in list(subjects)[1:]:
         goal = GOAL if name == "Authenticator.authenticate" else None
         result.add(f"{name} / the floor", **compared(found[name], found["the floor"]), goal=goal)
     result.times(found)
+    _breakdown(result, found, scale)
     if count_instructions:
         _add_instructions(result)
     return result
@@ -47,13 +50,50 @@ def run(scale: float = 1.0, *, count_instructions: bool = True) -> Result:
 def _add_instructions(result: Result) -> None:
     from . import instructions  # it counts this module's floor
 
-    ours, bottom = instructions.counted("authenticate", "floor")
+    found = instructions.counted("authenticate", "floor")
+    ours, bottom = found["authenticate"], found["floor"]
     if ours is None or bottom is None:
-        result.left_out.append("instruction counts: valgrind is not installed, or cannot run this Python")
+        result.left_out.append(instructions.ABSENT)
         return
     result.add("instructions: authenticate / the floor (callgrind)", ours / bottom, goal=GOAL)
     result.add("instructions: authenticate (callgrind)", ours, "instructions")
     result.add("instructions: the floor (callgrind)", bottom, "instructions")
+
+
+PIECES: Final = {
+    "keyed BLAKE2b, made anew": "blake2b(key, digest_size=32, key=hash_key).digest()",
+    "keyed BLAKE2b, state copied": "hashed = keyed_hash(); hashed.update(key); hashed.digest()",
+    "dict.get": "get(digest)",
+    "compare_digest": "compare_digest(digest, digest)",
+    "reading the clock": "monotonic()",
+    "a call and its return": "call(key)",
+}
+
+
+def pieces(*, rounds: int, count: int) -> dict[str, float]:
+    """Give the nanoseconds of each thing that a hit cannot do without, less those of the loop."""
+    hash_key, key = secrets.token_bytes(32), b"pk_prod_" + b"x" * 36
+    keyed_hash = blake2b(digest_size=32, key=hash_key).copy
+    names = {
+        "blake2b": blake2b, "keyed_hash": keyed_hash, "hash_key": hash_key, "key": key, "digest": hash_key,
+        "get": {hash_key: 1}.get, "compare_digest": compare_digest, "monotonic": time.monotonic,
+        "call": lambda presented: presented,
+    }  # fmt: skip
+    timers = {name: Timer(code, globals=names) for name, code in {"": "pass", **PIECES}.items()}
+    best = {name: min(timer.repeat(rounds, count)) / count * 1e9 for name, timer in timers.items()}
+    return {name: max(0.0, nanoseconds - best[""]) for name, nanoseconds in best.items() if name}
+
+
+def _breakdown(result: Result, found: dict[str, list[float]], scale: float) -> None:
+    made = pieces(rounds=max(3, int(20 * scale)), count=max(100, int(20_000 * scale)))
+    for name, nanoseconds in made.items():
+        result.add(f"piece: {name}", nanoseconds, "ns", note="the best round")
+    wholes = ("the floor", "Authenticator.cached", "Authenticator.authenticate")
+    bars = {**made, **{name: min(found[name]) for name in wholes}}
+    series = {name: [(0.0, nanoseconds)] for name, nanoseconds in bars.items()}
+    result.plots.append(
+        Plot("floor", "Where the time of a cached verification goes", "bars", "ns", series=series)
+    )
 
 
 def floor(key: bytes) -> Callable[[bytes], object]:

@@ -10,15 +10,22 @@ import gc
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
+
+from .plots import Plot
 
 RESULTS: Final = Path(__file__).with_name("results")
+
+_T = TypeVar("_T")
 
 Loop = Callable[[int], float]
 """Does the work so many times, and gives the nanoseconds that one took."""
@@ -26,7 +33,11 @@ Loop = Callable[[int], float]
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of a table. Without a goal it is only reported; ``note`` says what it is, or why it misses."""
+    """One line of a table. Without a goal it is only reported.
+
+    ``spread``: the quartiles of the rounds, unless ``note`` says otherwise. ``note`` says what the figure is;
+    ``reason``, one sentence with its measurement, why it misses its goal: shown only where it does.
+    """
 
     name: str
     value: float
@@ -35,6 +46,7 @@ class Figure:
     at_most: bool = True
     spread: tuple[float, float] | None = None
     note: str = ""
+    reason: str = ""
 
     @property
     def verdict(self) -> str:
@@ -49,7 +61,12 @@ class Figure:
 
     @property
     def value_text(self) -> str:
-        return f"{number(self.value)} {self.unit}"
+        return f"{number(self.value)} {self.unit}".strip()
+
+    @property
+    def remark(self) -> str:
+        reason = self.reason if self.verdict == "MISSED" else ""
+        return "; ".join(part for part in (self.note, reason) if part)
 
     @property
     def spread_text(self) -> str:
@@ -58,13 +75,20 @@ class Figure:
 
 @dataclass
 class Result:
-    """What a benchmark found. ``left_out`` names what could not be measured here, and why."""
+    """What a benchmark found.
+
+    ``left_out`` names what could not be measured here, and why. ``versions`` are those of what is compared with.
+    ``scale`` and ``seconds`` say how it was run: at 1 the figures are those to quote.
+    """
 
     name: str
     title: str
     figures: list[Figure] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-    histograms: dict[str, list[float]] = field(default_factory=dict)
+    plots: list[Plot] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    scale: float = 1.0
+    seconds: float = 0.0
 
     def add(
         self, name: str, value: float, unit: str = "x", **more: Any
@@ -82,9 +106,17 @@ class Result:
 
 
 def number(value: float) -> str:
-    if value and abs(value) < 10:
+    if abs(value) < 10:
         return f"{value:.3g}"
     return f"{value:,.1f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def installed(package: str) -> str:
+    """Give a distribution's version, or say that it is not here."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def looped(call: Callable[..., object], *arguments: object) -> Loop:
@@ -116,7 +148,11 @@ def driven(call: Callable[[], Coroutine[Any, Any, object]]) -> Loop:
 
 
 def interleave(subjects: Mapping[str, Loop], *, rounds: int, count: int) -> dict[str, list[float]]:
-    """Give the nanoseconds a call took in each round; the subjects take turns, and begin at another one each time."""
+    """Give the nanoseconds a call took in each round; the subjects take turns, and begin at another one each time.
+
+    A round is best shorter than a millisecond: on a busy machine a longer one is seldom left alone, and those of the
+    slower subject more seldom than those of the faster.
+    """
     found: dict[str, list[float]] = {name: [] for name in subjects}
     names = list(subjects)
     for loop in subjects.values():
@@ -140,6 +176,15 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
     return lower, upper
 
 
+def resampled(
+    pairs: Sequence[_T], figure: Callable[[Sequence[_T]], float], *, times: int = 400
+) -> tuple[float, float]:
+    """Give the bounds that hold the figure in nine of ten resamplings of the rounds (bootstrap)."""
+    draws = random.Random(0)  # the same rounds give the same bounds
+    found = sorted(figure(draws.choices(pairs, k=len(pairs))) for _ in range(times))
+    return found[times // 20], found[-1 - times // 20]
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
@@ -154,6 +199,21 @@ def compared(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]: 
     """Give the median ratio and its quartiles, as arguments of `Result.add`."""
     found = ratios(above, below)
     return {"value": statistics.median(found), "spread": quartiles(found)}
+
+
+@contextmanager
+def on_cores(*, last: bool) -> Iterator[None]:
+    """Keep this thread, and processes it starts meanwhile, on the last core or on all others.
+
+    So a load generator and what it loads do not take turns on one core. Nothing where there is one core.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) > 1:
+        os.sched_setaffinity(0, cores[-1:] if last else cores[:-1])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def machine() -> dict[str, str | int]:
@@ -196,19 +256,30 @@ def show(result: Result) -> None:
     for figure in result.figures:
         print(
             f"  {figure.name:58} {figure.value_text:>16}  {figure.spread_text:>19}  {figure.goal_text:>8}  "
-            f"{figure.verdict:8}{figure.note}".rstrip()
+            f"{figure.verdict:8}{figure.remark}".rstrip()
         )
     for line in result.left_out:
         print(f"  not measured: {line}")
 
 
 def write(result: Result, folder: Path = RESULTS) -> Path:
-    """Write the JSON file."""
+    """Write the JSON file: summaries, rounded to what they are worth."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{result.name}.json"
-    text = json.dumps({"machine": machine(), **asdict(result)}, indent=1, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    content = rounded({"machine": machine(), **asdict(result)})
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
+
+
+def rounded(content: Any) -> Any:  # Any: whatever JSON can hold
+    """Give the same with five digits of each fraction."""
+    if isinstance(content, float):
+        return float(f"{content:.5g}")
+    if isinstance(content, dict):
+        return {name: rounded(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [rounded(value) for value in content]
+    return content
 
 
 def load(path: Path) -> tuple[dict[str, str | int], Result]:
@@ -219,4 +290,5 @@ def load(path: Path) -> tuple[dict[str, str | int], Result]:
         Figure(**{**line, "spread": tuple(line["spread"]) if line["spread"] else None})
         for line in found.pop("figures")
     ]
-    return described, Result(figures=figures, **found)
+    plots = [Plot.of(drawn) for drawn in found.pop("plots")]
+    return described, Result(figures=figures, plots=plots, **found)

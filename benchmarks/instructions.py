@@ -1,6 +1,7 @@
 """Instructions a call takes, counted by callgrind: unlike times, they repeat on a noisy machine.
 
-A subject runs twice, for few and for many calls; the difference leaves out the interpreter's start.
+All subjects are made in each process, whichever is called: a process that calls none tells what the interpreter's
+start and the making took, and is taken off the others.
 """
 
 from __future__ import annotations
@@ -13,39 +14,57 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from papaours_auth import Authenticator, open_store
+from papaours_auth import AsyncAuthenticator, Authenticator, open_async_store
 
-from . import floor
+from . import floor, middleware
+from .harness import Loop, Result, looped
 from .subjects import TRUST, new_peppers, one_key
 
-FEW, MANY = 500, 3_500
+CALLS: Final = 2_000
+OTHER_HEADERS: Final = 8
 _TOTAL: Final = re.compile(r"Collected : (\d+)")
 
 
-def counted(*subjects: str) -> list[float | None]:
+def run() -> Result:
+    """Count what the guard judges."""
+    result = Result("instructions", "Instructions a call takes, by callgrind")
+    names = ("authenticate", "floor", "asgi ours", "asgi bare", "asgi theirs")
+    found = counted(*names)
+    if None in found.values():
+        result.left_out.append(ABSENT)
+        return result
+    ours, bottom, asgi, bare, theirs = (float(found[name] or 0) for name in names)
+    result.add("instructions: authenticate / the floor", ours / bottom)
+    result.add("instructions: ASGI middleware / Starlette's", (asgi - bare) / (theirs - bare))
+    for name, value in (("authenticate", ours), ("the floor", bottom), ("ASGI middleware adds", asgi - bare)):
+        result.add(f"instructions: {name}", value, "instructions")
+    return result
+
+
+ABSENT: Final = "instruction counts: valgrind is not installed, or cannot run this Python"
+
+
+def counted(*subjects: str) -> dict[str, float | None]:
     """Count the instructions of one call of each, side by side. None where callgrind cannot."""
     if shutil.which("valgrind") is None:
-        return [None] * len(subjects)
+        return dict.fromkeys(subjects)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        totals = {
-            (subject, calls): pool.submit(_total, subject, calls)
-            for subject in subjects
-            for calls in (FEW, MANY)
-        }
-    return [_each(totals[subject, FEW].result(), totals[subject, MANY].result()) for subject in subjects]
+        start = pool.submit(_total, "none")
+        totals = {subject: pool.submit(_total, subject) for subject in subjects}
+    return {subject: _each(start.result(), total.result()) for subject, total in totals.items()}
 
 
-def _each(few: int | None, many: int | None) -> float | None:
-    return None if few is None or many is None else (many - few) / (MANY - FEW)
+def _each(start: int | None, total: int | None) -> float | None:
+    return None if start is None or total is None else (total - start) / CALLS
 
 
-def _total(subject: str, calls: int) -> int | None:
+def _total(subject: str) -> int | None:
     asked = subprocess.run(
         [
             *("valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"),
-            *(sys.executable, "-m", "benchmarks.instructions", subject, str(calls)),
+            *(sys.executable, "-m", "benchmarks.instructions", subject),
         ],
         env={**os.environ, "PYTHONHASHSEED": "0"},
         cwd=Path(__file__).parents[1],
@@ -57,32 +76,29 @@ def _total(subject: str, calls: int) -> int | None:
     return int(found[1]) if found and asked.returncode == 0 else None
 
 
-def _authenticate() -> tuple[Callable[[bytes], object], bytes]:
-    peppers, store = new_peppers(), open_store("memory://")
-    key = one_key(store, peppers)[0].encode()
+def _loops() -> dict[str, Callable[[], Loop]]:
+    """Give how to make each subject. All start alike: the same imports, stores and keys."""
+    peppers, store = new_peppers(), open_async_store("memory://")
+    key = one_key(store.sync, peppers)[0]
     # No thread: its wakings would be counted.
-    authenticator = Authenticator(
-        store, environment="prod", peppers=peppers, max_staleness=TRUST, watch=False
-    )
-    authenticator.start()
-    authenticator.refresh()
-    authenticator.authenticate(key)
-    if authenticator.cached(key) is None:
+    options: Any = {"environment": "prod", "peppers": peppers, "max_staleness": TRUST, "watch": False}
+    blocking, awaiting = Authenticator(store.sync, **options), AsyncAuthenticator(store, **options)
+    blocking.start()
+    for engine in (blocking, awaiting):
+        engine.refresh()
+    blocking.authenticate(key)
+    if blocking.cached(key.encode()) is None:
         raise RuntimeError("the key is not in the cache, so something else would be counted")
-    return authenticator.authenticate, key
-
-
-def _floor() -> tuple[Callable[[bytes], object], bytes]:
-    key = b"pk_prod_" + b"x" * 36
-    _authenticate()  # so that both start alike
-    return floor.floor(key), key
-
-
-def main(subject: str, calls: int) -> None:
-    call, key = {"authenticate": _authenticate, "floor": _floor}[subject]()
-    for _ in range(calls):
-        call(key)
+    asgi = middleware.asgi_loops(awaiting, key, OTHER_HEADERS)
+    return {
+        "authenticate": lambda: looped(blocking.authenticate, key.encode()),
+        "none": lambda: lambda _: 0.0,
+        "floor": lambda: looped(floor.floor(key.encode()), key.encode()),
+        "asgi ours": lambda: asgi["ours"],
+        "asgi bare": lambda: asgi["bare"],
+        "asgi theirs": lambda: asgi["theirs"],
+    }
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    _loops()[sys.argv[1]]()(CALLS)

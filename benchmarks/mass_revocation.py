@@ -7,62 +7,69 @@ the store takes it. The longest call is compared with the longest of a quiet tim
 
 from __future__ import annotations
 
-import base64
-import secrets
 import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
+from typing import Final
 
-from papaours_auth import Authenticator, Keys, Refused, open_store, parse_peppers
+from papaours_auth import Authenticator, Keys, Refused, open_store
 from papaours_auth.stores import Author, Store
 
-KEYS = 100_000
-QUIET_SECONDS = 2.0
-AUTHOR = Author("the benchmark", datetime.now(UTC))
+from .harness import Result, percentile
+from .subjects import new_peppers
+
+KEYS: Final = 100_000
+QUIET: Final = 2.0
+"""Seconds of nothing before, and of waiting until the watcher has applied everything after."""
+AUTHOR: Final = Author("the benchmark", datetime.now(UTC))
 
 
-def main() -> int:
-    peppers = parse_peppers("p1:" + base64.urlsafe_b64encode(secrets.token_bytes(32)).decode())
-    print(f"{'':44} {'calls':>9} {'p99':>9} {'longest':>9} {'took':>8}")
-    failed = False
-    for what, revoke in (
-        ("the machine of 100,000 keys, one change", by_machine),
-        ("each of 100,000 keys by itself", by_key),
-    ):
-        store = open_store("memory://")
-        keys = Keys(store, peppers=peppers)
-        crowd = keys.create_machine("Service de facturation", organisation="cfa-lyon").id
-        other = keys.create_machine("Portail", organisation="cfa-lyon").id
-        watched = keys.create_key(other, name="Production - Portail", environment="prod").secret.reveal()
-        made = [keys.create_key(crowd, name=f"Production - {n}", environment="prod") for n in range(KEYS)]
-        with Authenticator(
-            store, environment="prod", peppers=peppers, max_known=KEYS + 1, lifetime=3600
-        ) as authenticator:
-            for new in made:
-                authenticator.authenticate(new.secret.reveal())
-            authenticator.authenticate(watched)
-            row("quiet", *measure(authenticator, watched, lambda: time.sleep(QUIET_SECONDS)))
-            ids = [new.key.id for new in made]
-            row(what, *measure(authenticator, watched, partial(revoke, store, crowd, ids)))
-            failed |= let_in(authenticator, made[-1].secret.reveal())
-    print("WRONG: a disabled key came in" if failed else "no disabled key came in")
-    return int(failed)
+def run(scale: float = 1.0) -> Result:
+    count = max(100, int(KEYS * min(1.0, scale)))
+    result = Result("mass_revocation", f"{count:,} keys disabled at once, and one key verified meanwhile")
+    _measure(result, "their machine disabled, one change", by_machine, count)
+    _measure(result, "each disabled by itself", by_key, count)
+    return result
+
+
+def _measure(result: Result, what: str, revoke: Callable[[Store, str, list[str]], None], count: int) -> None:
+    store, peppers = open_store("memory://"), new_peppers()
+    keys = Keys(store, peppers=peppers)
+    crowd = keys.create_machine("Service de facturation", organisation="cfa-lyon").id
+    other = keys.create_machine("Portail", organisation="cfa-lyon").id
+    watched = keys.create_key(other, name="Production - Portail", environment="prod").secret.reveal()
+    made = [keys.create_key(crowd, name=f"Production - {n}", environment="prod") for n in range(count)]
+    with Authenticator(
+        store, environment="prod", peppers=peppers, max_known=count + 1, lifetime=3600
+    ) as authenticator:
+        for new in made:
+            authenticator.authenticate(new.secret.reveal())
+        authenticator.authenticate(watched)
+        quiet, _ = measured(authenticator, watched, lambda: time.sleep(QUIET))
+        acting = partial(revoke, store, crowd, [new.key.id for new in made])
+        loud, seconds = measured(authenticator, watched, acting)
+        late = sum(let_in(authenticator, new.secret.reveal()) for new in made)
+    for name, taken in (("quiet", quiet), ("meanwhile", loud)):
+        result.add(f"{what}: p99 {name}", percentile(taken, 0.99) * 1e6, "µs")
+        result.add(f"{what}: longest {name}", max(taken) * 1e3, "ms")
+    result.add(f"{what}: took", seconds, "s")
+    result.add(f"{what}: disabled keys let in afterwards", late, "", goal=0)
 
 
 def by_machine(store: Store, machine: str, ids: list[str]) -> None:
     store.update_machine(machine, {"status": "inactive"}, "machine.disabled", AUTHOR)
-    time.sleep(QUIET_SECONDS)  # until the watcher has applied it
+    time.sleep(QUIET)
 
 
 def by_key(store: Store, machine: str, ids: list[str]) -> None:
     for id_ in ids:
         store.update_key(id_, {"status": "inactive"}, "key.disabled", AUTHOR)
-    time.sleep(QUIET_SECONDS)
+    time.sleep(QUIET)
 
 
-def measure(authenticator: Authenticator, key: str, act: Callable[[], object]) -> tuple[list[float], float]:
+def measured(authenticator: Authenticator, key: str, act: Callable[[], object]) -> tuple[list[float], float]:
     """Give the seconds each call took while something went on, and how long that was."""
     taken: list[float] = []
     done = threading.Event()
@@ -76,15 +83,12 @@ def measure(authenticator: Authenticator, key: str, act: Callable[[], object]) -
     calling = threading.Thread(target=call)
     calling.start()
     begin = time.perf_counter()
-    act()
-    done.set()
-    calling.join()
-    return sorted(taken), time.perf_counter() - begin
-
-
-def row(what: str, taken: list[float], seconds: float) -> None:
-    p99, longest = taken[len(taken) * 99 // 100] * 1e6, taken[-1] * 1e3
-    print(f"{what:44} {len(taken):9} {p99:6.1f} µs {longest:6.1f} ms {seconds:6.1f} s")
+    try:
+        act()
+    finally:
+        done.set()
+        calling.join()
+    return taken, time.perf_counter() - begin
 
 
 def let_in(authenticator: Authenticator, key: str) -> bool:
@@ -93,7 +97,3 @@ def let_in(authenticator: Authenticator, key: str) -> bool:
     except Refused:
         return False
     return True
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

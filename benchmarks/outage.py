@@ -17,6 +17,7 @@ from papaours_auth import Keys, open_store, parse_peppers
 from papaours_auth.digest import new_pepper
 
 from .harness import Result
+from .plots import Plot, Point
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -35,12 +36,14 @@ KINDS: Final[dict[str, Kind]] = {
 
 def run(scale: float = 1.0) -> Result:
     result = Result("outage", f"A store away for {SECONDS * scale:.0f} s under load, on_outage=refuse")
-    for name, kind in KINDS.items():
-        _measure(result, name, kind, SECONDS * scale)
+    lines = {name: _measure(result, name, kind, SECONDS * scale) for name, kind in KINDS.items()}
+    title = f"p99 of calls by the second; the store is away from 0 to {SECONDS * scale:.0f}"
+    result.plots.append(Plot("outage", title, "lines", "seconds", "ms", lines, log="y"))
     return result
 
 
-def _measure(result: Result, name: str, kind: Kind, seconds: float) -> None:
+def _measure(result: Result, name: str, kind: Kind, seconds: float) -> list[Point]:
+    """Report one way to lose a store; give its timeline."""
     with TemporaryDirectory() as folder, kind(Path(folder)) as broken, ExitStack() as stack:
         open_store(broken.url, create=True).close()
         secret = new_pepper()
@@ -69,6 +72,18 @@ def _measure(result: Result, name: str, kind: Kind, seconds: float) -> None:
     result.add(f"{name}: wrong answers", _wrong(reports), "", goal=0.0)
     threads = max(r["outage"]["threads"] for r in reports) - max(r["quiet"]["threads"] for r in reports)
     result.add(f"{name}: threads more than before", threads, "", goal=1.0)
+    return timeline(reports)
+
+
+def timeline(reports: list[dict[str, Any]]) -> list[Point]:
+    """Give the worst process's p99 (ms) by the second, counted from when the store was taken away."""
+    worst: dict[int, float] = {}
+    for report in reports:
+        for phase in ("quiet", "outage", "recovery"):
+            for second, p99 in report[phase]["p99_each_second"].items():
+                at = round(report[phase]["began"] - report["outage"]["began"]) + int(second)
+                worst[at] = max(worst.get(at, 0.0), p99 * 1e3)
+    return [(float(at), worst[at]) for at in sorted(worst)]
 
 
 def _wrong(reports: list[dict[str, Any]]) -> int:

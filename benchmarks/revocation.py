@@ -22,6 +22,7 @@ from papaours_auth.authenticator import DEFAULT_MAX_STALENESS
 from papaours_auth.stores import Epoch, Feed, Reading, Store
 
 from .harness import Result, percentile
+from .plots import Plot, histogram
 from .subjects import Place, left_out_stores, place, shared_stores
 
 PROCESSES: Final = 4
@@ -32,13 +33,18 @@ BURST: Final = 50  # calls between two pauses of a millisecond
 
 def run(scale: float = 1.0) -> Result:
     result = Result("revocation", f"Disable to last acceptance, {PROCESSES} processes under load")
+    fed: dict[str, list[float]] = {}
     for name in shared_stores():
         with place(name) as there:
-            times = revoked(there, max(2, int(REVOKED * scale)), cut=False)
-            _report(result, name, times, GOAL)
+            fed[name] = revoked(there, max(2, int(REVOKED * scale)), cut=False)
+            _report(result, name, fed[name], GOAL)
         with place(name) as there:
             times = revoked(there, max(2, int(REVOKED_CUT * scale)), cut=True)
             _report(result, f"{name}, feed cut", times, DEFAULT_MAX_STALENESS * 1000)
+    shares = {name: histogram(times) for name, times in fed.items()}
+    result.plots.append(
+        Plot("revocation", "Disable to last acceptance", "steps", "ms", "share of changes", shares, log="x")
+    )
     result.left_out += left_out_stores()
     return result
 
@@ -47,7 +53,6 @@ def _report(result: Result, name: str, times: list[float], goal: float) -> None:
     for share, what in ((0.5, "p50"), (0.99, "p99"), (1.0, "longest")):
         is_goal = what == ("longest" if "cut" in name else "p99")
         result.add(f"{name}: {what}", percentile(times, share), "ms", goal=goal if is_goal else None)
-    result.histograms[f"{name} (ms)"] = sorted(round(value, 2) for value in times)
 
 
 def revoked(there: Place, count: int, *, cut: bool) -> list[float]:

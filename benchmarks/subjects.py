@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,19 +10,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final, NamedTuple
 
-from papaours_auth import Keys, PepperRing, open_store, parse_peppers
+from papaours_auth import KeyFormat, Keys, PepperRing, open_store, parse_peppers
 from papaours_auth.digest import new_pepper
 from papaours_auth.stores import Store
 
+# Whose servers are imported only where one is started: under valgrind an import of SQLAlchemy takes ten seconds.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
-from support.redis_servers import NEWEST, redis_server
-from support.sql_servers import (
-    mariadb,
-    mariadb_binary,
-    postgresql,
-    postgresql_binaries,
-)
 
 TRUST: Final = 3600.0
 """``max_staleness`` where freshness is not what is measured: no reading of the epoch falls into a round."""
@@ -40,8 +34,21 @@ def new_peppers() -> PepperRing:
     return parse_peppers(new_pepper())
 
 
+def forged() -> bytes:
+    """Make a key of our format with a right checksum, by someone who has no pepper."""
+    return KeyFormat().mint("prod", tag=lambda _: secrets.randbits(32)).reveal().encode()
+
+
+def foreign() -> bytes:
+    """Make a key of a format that is not ours, and that nobody issued."""
+    return f"pk_prod_{secrets.token_hex(10)}".encode()
+
+
 def shared_stores() -> tuple[str, ...]:
     """Give the stores that several processes can share, and this machine can start."""
+    from support.redis_servers import NEWEST
+    from support.sql_servers import mariadb_binary, postgresql_binaries
+
     startable = {"redis": NEWEST, "postgresql": postgresql_binaries(), "mariadb": mariadb_binary()}
     return ("sqlite", *(name for name, binary in startable.items() if binary is not None))
 
@@ -70,6 +77,9 @@ def place(name: str) -> Iterator[Place]:
 def _serve(name: str, folder: Path, stack: ExitStack) -> str:
     if name == "sqlite":
         return f"sqlite:///{folder / 'keys.db'}"
+    from support.redis_servers import NEWEST, redis_server
+    from support.sql_servers import mariadb, postgresql
+
     if name == "redis" and NEWEST is not None:
         return f"redis://{stack.enter_context(redis_server(NEWEST, folder)).address}"
     if name in ("postgresql", "mariadb"):

@@ -36,32 +36,37 @@ class Phase:
             "other": Counter(),
             "unknown": Counter(),
         }
-        self.seconds: list[float] = []
+        self.seconds: dict[int, list[float]] = {}  # by the second of the phase in which the call ended
         self.last_accepted = 0.0  # of the target: when that call was made
         self.first_accepted = 0.0  # of any other key, uncached ones included
         self.threads = 0
 
     def note(self, what: str, outcome: str, began: float, ended: float) -> None:
         self.outcomes[what][outcome] += 1
-        self.seconds.append(ended - began)
+        self.seconds.setdefault(int(ended - self.began), []).append(ended - began)
         if outcome == "accepted" and what == "target":
             self.last_accepted = began
         if outcome == "accepted" and what == "other":
             self.first_accepted = self.first_accepted or ended
 
     def report(self) -> dict[str, Any]:
-        taken = sorted(self.seconds) or [0.0]
+        taken = sorted(each for second in self.seconds.values() for each in second) or [0.0]
         return {
             "began": self.began,
             "outcomes": self.outcomes,
-            "calls": len(self.seconds),
+            "calls": sum(map(len, self.seconds.values())),
             "p50": taken[len(taken) // 2],
-            "p99": taken[min(len(taken) - 1, len(taken) * 99 // 100)],
+            "p99": _p99(taken),
+            "p99_each_second": {second: _p99(sorted(each)) for second, each in self.seconds.items()},
             "longest": taken[-1],
             "last_accepted": self.last_accepted,
             "first_accepted": self.first_accepted,
             "threads": self.threads,
         }
+
+
+def _p99(ordered: list[float]) -> float:
+    return ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)]
 
 
 class Caller:
