@@ -27,6 +27,7 @@ from papaours_auth.wsgi import PapaoursAuthMiddleware as WSGIMiddleware
 
 from .harness import Loop, Result, driven, interleave, looped, percentile
 from .middleware import asgi_app
+from .plots import Plot
 from .subjects import TRUST, new_peppers, one_key
 
 GOAL_NS: Final = 400
@@ -199,7 +200,11 @@ def _memory(result: Result, folder: Path, seconds: float) -> None:
         note=f"RSS, at {MEMORY_RATE:,} events/s with a spool; the first 2 s not counted",
     )
     result.add("memory: at the end", sizes[-1] / 2**20, "MB")
-    result.histograms["RSS, MB"] = [size / 2**20 for size in sizes]
+    minutes = [seconds / 60 * number / len(sizes) for number in range(len(sizes))]
+    points = list(zip(minutes, [size / 2**20 for size in sizes], strict=True))
+    result.plots.append(
+        Plot("usage-memory", "Memory while events are recorded", "lines", "minutes", "MB", {"RSS": points})
+    )
 
 
 def _apart(folder: Path, **given: object) -> dict[str, Any]:

@@ -71,7 +71,16 @@ LAYERS = [
     {"outage.py", "authenticator.py", "keys.py", "testing.py", "throttle.py", "throttle_storage.py"},
     {"__init__.py", "_middleware.py"},
     {"asgi.py", "wsgi.py"},
-    {"starlette.py", "fastapi.py", "flask.py", "cli.py", "cli_signs.py", "cli_usage.py", "demo.py", "__main__.py"},
+    {
+        "starlette.py",
+        "fastapi.py",
+        "flask.py",
+        "cli.py",
+        "cli_signs.py",
+        "cli_usage.py",
+        "demo.py",
+        "__main__.py",
+    },
 ]
 RENDERERS = ["asgi.py", "wsgi.py", "starlette.py", "fastapi.py", "flask.py", "_middleware.py"]
 

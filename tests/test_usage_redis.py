@@ -384,7 +384,8 @@ def test_a_recorder_delivers_each_call_once_through_a_killed_server(own: House) 
             own.servers[0].kill()
         for _ in range(50):
             call = Call(CALLER, "192.0.2.7", "GET")
-            recorder.sent(call, 200)
+            call.status = 200
+            recorder.sent(call)
             recorder.done(call, Outcome.COMPLETED)
         assert recorder.flush() is (round_ != 1)
         if round_ == 1:
@@ -413,11 +414,12 @@ def test_a_process_killed_after_the_commit_leaves_its_heir_nothing_to_double(
         child = os.fork()
         if child == 0:
             recorder = Recorder(KilledAfterwards(own.url), spool=tmp_path / "spool", interval=3600.0)
-            recorder._thread = threading.current_thread()  # no other: it would deliver what there is so far
-            recorder._prepare()
+            recorder._keeper.tend()
+            recorder._keeper.idle = False  # no thread: it would deliver what there is so far
             for _ in range(100):
                 call = Call(CALLER, "192.0.2.7", "GET")
-                recorder.sent(call, 200)
+                call.status = 200
+            recorder.sent(call)
                 recorder.done(call, Outcome.COMPLETED)
             recorder.flush()
             recorder.flush()
