@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import os
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -419,7 +418,7 @@ def test_a_process_killed_after_the_commit_leaves_its_heir_nothing_to_double(
             for _ in range(100):
                 call = Call(CALLER, "192.0.2.7", "GET")
                 call.status = 200
-            recorder.sent(call)
+                recorder.sent(call)
                 recorder.done(call, Outcome.COMPLETED)
             recorder.flush()
             recorder.flush()

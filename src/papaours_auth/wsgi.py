@@ -66,12 +66,15 @@ class Guard:
         except Refused as refused:
             if self._passes(refused, environ):
                 return None
-            judged = refused
-            if self.throttle is not None:
-                judged = self.throttle.judge(refused, self._client(environ))
+            judged = self._judged(refused, environ)
             if judged is refused:
                 raise
             raise judged from refused
+
+    def _judged(self, refused: Refused, environ: WSGIEnvironment) -> Refused:
+        if self.throttle is None:
+            return refused
+        return self.throttle.judge(refused, self._client(environ))
 
     def _presented(self, environ: WSGIEnvironment) -> tuple[bytes, str | None]:
         """Give the key and the client's address, or raise `Refused`."""
@@ -128,7 +131,7 @@ class PapaoursAuthMiddleware(Guard):
         except Refused as refused:
             if self._passes(refused, environ):
                 return self.app(environ, start_response)
-            return self._refuse(refused, environ, start_response)
+            return self._refuse(self._judged(refused, environ), environ, start_response)
         environ["papaours.identity"] = identity
         if self.recorder is None:
             return self.app(environ, private(start_response))
