@@ -43,18 +43,9 @@ from papaours_auth.stores import Author, Epoch, Feed, News, PepperRecord, Store
 from papaours_auth.stores.records import moment
 from papaours_auth.stores.redis import RedisStore
 from papaours_auth.stores.redis import open_store as open_redis
-from papaours_auth.stores.redis_wire import (
-    Ask,
-    Exchange,
-    Node,
-    Router,
-    Unreachable,
-    _async_exchanged,
-    _exchanged,
-    connect,
-    place_of,
-    unreachable,
-)
+from papaours_auth.stores.redis_place import Node, place_of
+from papaours_auth.stores.redis_router import Ask, Router, Unreachable
+from papaours_auth.stores.redis_wire import Exchange, _async_exchanged, _exchanged, connect, unreachable
 from papaours_auth.testing import StoreContract
 from papaours_auth.verify import Claim, read
 from support.redis_servers import (
@@ -279,8 +270,8 @@ def test_a_wrong_url_is_told_without_quoting_it(opener: Callable[[str], object],
 
 def test_without_redis_py_one_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "redis", None)
-    for name in ("redis", "redis_wire"):
-        monkeypatch.delitem(sys.modules, f"papaours_auth.stores.{name}")
+    for name in [name for name in sys.modules if name.startswith("papaours_auth.stores.redis")]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ConfigurationError, match=r"papaours-auth\[redis\]"):
         open_store("redis://h")
 
@@ -630,7 +621,7 @@ def test_amendment_4_a_tip_of_another_history_drops_everything(house: House, fee
 def test_a_log_too_long_to_read_drops_everything(
     house: House, feed: Feed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("papaours_auth.stores.redis.LOG_READ", 3)
+    monkeypatch.setattr("papaours_auth.stores.redis_questions.LOG_READ", 3)
     known = {partition: news.epoch for partition, news in feed.read({}).news.items()}
     for wanted in (1, 2, 3, None):
         house.change()
@@ -1069,7 +1060,7 @@ def test_a_subscription_that_gets_no_answer_is_done_without(
 
     feed = store.feed()
     with monkeypatch.context() as patch:
-        patch.setattr("papaours_auth.stores.redis.connect", freezes)
+        patch.setattr("papaours_auth.stores.redis_feed.connect", freezes)
         unavailable(lambda: feed.read({}), "does not answer in time")
     own.thaw()
     assert feed.read({}).news

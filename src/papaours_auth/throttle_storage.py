@@ -120,7 +120,7 @@ class Windows(Storage):
 
 
 def _open_redis(url: str) -> Storage:
-    from .stores.redis_wire import place_of  # which says what to install where redis-py is missing
+    from .stores.redis_place import place_of  # which says what to install where redis-py is missing
 
     place = place_of(url)
     from redis.backoff import NoBackoff

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from ..exceptions import ConfigurationError, InvalidInput
-from ..stores.redis_wire import AsyncWire, Command, Place, Router, Steps, Wire, Word, known, place_of
+from ..stores.redis_place import Place, place_of
+from ..stores.redis_router import Command, Router, Steps, Word, known
+from ..stores.redis_wire import AsyncWire, Wire
 from .event import Event, Refusals
 from .questions import LastUse
 from .sinks import Batch
