@@ -1,4 +1,4 @@
-"""Code in a process of its own, unmeasured: where a thread holds the lock of coverage, a forked child waits for ever."""
+"""Code in a process of its own, unmeasured: where a thread holds coverage's lock, a forked child stands still."""
 
 from __future__ import annotations
 
