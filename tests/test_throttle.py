@@ -42,6 +42,7 @@ from papaours_auth.throttle import COUNTED, REST, Throttle
 from papaours_auth.throttle_storage import Windows
 from papaours_auth.usage import Batch, CallableSink, Recorder
 from papaours_auth.wsgi import PapaoursAuthMiddleware as WSGIMiddleware
+from support.alone import run_alone
 from support.calls import Recorded, environ_of, http_scope, run_asgi, run_wsgi
 from support.doors import Spy, Threaded
 from support.redis_servers import (
@@ -356,29 +357,40 @@ def test_threads_count_together(clock: ManualClock) -> None:
     assert Counter(answers) == {Reason.UNKNOWN_KEY: 50, Reason.TOO_MANY_FAILURES: 150}
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+FORKED = """
+import os, threading
+from papaours_auth import Reason, Refused
+from papaours_auth.throttle import Throttle
+
+throttle = Throttle("2/minute")
+
+def judged(address):
+    return throttle.judge(Refused(Reason.UNKNOWN_KEY), address).reason
+
+def busy():
+    while not stop.is_set():
+        judged("198.51.100.7")
+
+judged("203.0.113.9")
+stop = threading.Event()
+thread = threading.Thread(target=busy)
+thread.start()
+children = []
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        answers = [judged("203.0.113.9") for _ in range(2)]
+        os._exit(0 if answers == [Reason.UNKNOWN_KEY, Reason.TOO_MANY_FAILURES] else 1)
+    children.append(child)
+stop.set()
+thread.join()
+assert {os.waitpid(child, 0)[1] for child in children} == {0}
+assert judged("203.0.113.9") is Reason.UNKNOWN_KEY
+"""
+
+
 def test_a_fork_leaves_both_counting() -> None:
-    throttle = Throttle("2/minute")
-    judged(throttle, HERE)
-    stop = threading.Event()
-
-    def busy() -> None:
-        while not stop.is_set():
-            judged(throttle, ELSEWHERE)
-
-    thread = threading.Thread(target=busy)
-    thread.start()
-    children = []
-    for _ in range(20):
-        child = os.fork()
-        if child == 0:
-            answers = [judged(throttle, HERE) for _ in range(2)]
-            os._exit(0 if answers == [Reason.UNKNOWN_KEY, Reason.TOO_MANY_FAILURES] else 1)
-        children.append(child)
-    stop.set()
-    thread.join()
-    assert {os.waitpid(child, 0)[1] for child in children} == {0}
-    assert judged(throttle, HERE) is Reason.UNKNOWN_KEY
+    run_alone(FORKED)
 
 
 def test_our_memory_is_a_storage_of_limits(clock: ManualClock) -> None:

@@ -6,8 +6,6 @@ import gc
 import os
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from papaours_auth.usage.opentelemetry import OpenTelemetrySink
 from papaours_auth.usage.prometheus import PrometheusSink
 from papaours_auth.usage.sqlite import SQLiteSink
 from papaours_auth.wsgi import PapaoursAuthMiddleware as WSGIMiddleware
+from support.alone import run_alone
 from support.calls import Recorded, environ_of, http_scope, run_asgi, run_wsgi
 
 SEED = "pk_prod_abc123def456ghi789"
@@ -309,29 +308,75 @@ def wsgi_ok(environ: Any, start_response: Any) -> list[bytes]:
     return [b"ok"]
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_child_begins_at_nothing_while_another_thread_renders() -> None:
-    sink = PrometheusSink()
-    sink.write(BATCH)
-    stop = threading.Event()
+COMMON = """
+import os, threading, time
+from papaours_auth import Identity
+from papaours_auth.model import KeyInfo, MachineInfo
+from papaours_auth.usage import Batch, Event, Recorder
+from papaours_auth.usage.event import Call, Outcome
+from papaours_auth.usage.prometheus import PrometheusSink
 
-    def scrape() -> None:
-        while not stop.is_set():
-            sink.render()
+stop = threading.Event()
+"""
+RENDERED = """
+event = Event(1, "p-1-0", 0, "k", "m", "", "GET", "/", 200, "", "completed", "", "prod", 5, "")
+sink = PrometheusSink()
+sink.write(Batch("p", 1, [event] * 6))
 
-    thread = threading.Thread(target=scrape)
+def calls():
+    lines = [line for line in sink.render().decode().splitlines() if line.startswith("papaours_calls_total")]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+def scrape():
+    while not stop.is_set():
+        sink.render()
+
+thread = threading.Thread(target=scrape)
+thread.start()
+children = []
+for _ in range(10):
+    child = os.fork()
+    if child == 0:
+        sink.write(Batch("child", 1, [event]))
+        os._exit(0 if calls() == 1 else 1)
+    children.append(child)
+stop.set()
+thread.join()
+assert {os.waitpid(child, 0)[1] for child in children} == {0}
+assert calls() == 6
+"""
+# Each recorder of many, so that whichever comes first in a set is met.
+BUSY = """
+caller = Identity(
+    KeyInfo("k", "Production", "prod", "", None), MachineInfo("m", "Facturation", "cfa-lyon", False), (), frozenset()
+)
+recorders = [Recorder(PrometheusSink(), interval=3600.0) for _ in range(4)]
+
+def busy(recorder):
+    while not stop.is_set():
+        for _ in range(200):
+            recorder.done(Call(caller, "192.0.2.7", "GET"), Outcome.COMPLETED)
+        recorder.flush()
+
+threads = [threading.Thread(target=busy, args=(recorder,)) for recorder in recorders]
+for thread in threads:
     thread.start()
-    children = []
-    for _ in range(10):
-        child = os.fork()
-        if child == 0:
-            sink.write(Batch("child", 1, [event()]))
-            os._exit(0 if prometheus(sink)["papaours_calls_total"] == {RESULT: 1} else 1)
-        children.append(child)
-    stop.set()
+began = time.monotonic()
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+took = time.monotonic() - began
+stop.set()
+for thread in threads:
     thread.join()
-    assert {os.waitpid(child, 0)[1] for child in children} == {0}
-    assert sum(prometheus(sink)["papaours_calls_total"].values()) == 6
+assert took < 9, "a recorder that cannot get its sink to end waits for 10 s"
+"""
+
+
+def test_a_child_begins_at_nothing_while_another_thread_renders() -> None:
+    run_alone(COMMON + RENDERED)
 
 
 class Told:
@@ -360,37 +405,9 @@ def test_pitfall_22_a_fork_holds_recorders_before_the_locks_their_sinks_need() -
     assert told == ["hold recorder", "hold sink", "let sink go", "let recorder go"]
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_pitfall_22_a_fork_does_not_wait_for_a_sink_that_waits_for_it() -> None:
-    """Each of many, so that whichever comes first in a set is met."""
-    recorders = [Recorder(PrometheusSink(), interval=3600.0) for _ in range(8)]
-    stop = threading.Event()
+    run_alone(COMMON + BUSY)
 
-    def busy(recorder: Recorder) -> None:
-        while not stop.is_set():
-            for _ in range(200):
-                recorder.done(Call(CALLER, "192.0.2.7", "GET"), Outcome.COMPLETED)
-            recorder.flush()
-
-    threads = [threading.Thread(target=busy, args=(recorder,)) for recorder in recorders]
-    for thread in threads:
-        thread.start()
-    began = time.monotonic()
-    for _ in range(5):
-        child = os.fork()
-        if child == 0:
-            os._exit(0)
-        os.waitpid(child, 0)
-    took = time.monotonic() - began
-    stop.set()
-    for thread in threads:
-        thread.join()
-    for recorder in recorders:
-        recorder.close()
-    assert took < 9  # a recorder that cannot get its sink to end waits for 10 s
-
-
-RESULT = of(environment="prod", status="2xx", reason="", outcome="completed")
 
 WORKER = """
 import os
