@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -227,6 +227,26 @@ def test_the_most_called_of_what_is_new_is_kept_first() -> None:
     assert rollup.capped(values, set(), 2) == {"/b": (3, 6), "/c": (2, 9), OTHER: (2, 7)}
     assert rollup.capped(values, {"/a", OTHER}, 2) == {"/a": (1, 5), "/b": (3, 6), OTHER: (3, 9)}
     assert rollup.capped({"/a": Tally(1, 1)}, {"/b"}, 1) == {OTHER: (1, 1)}
+
+
+def test_what_has_a_row_is_asked_for_once_and_again_where_something_is_new() -> None:
+    asked: list[str] = []
+
+    def read(*found: str) -> Callable[[], set[str]]:
+        def rows() -> set[str]:
+            asked.append(found[0])
+            return set(found)
+
+        return rows
+
+    known, one = rollup.Known(most=2), {"/a": Tally(1, 1)}
+    assert known.among(("k",), one, read("/a", "/b")) == {"/a", "/b"}
+    assert known.among(("k",), {**one, "/b": Tally(1, 1)}, read("/c")) == {"/a", "/b"}
+    assert known.among(("k",), {"/c": Tally(1, 1)}, read("/c")) == {"/c"}
+    assert asked == ["/a", "/c"]
+    for number in range(10):
+        known.among((str(number),), one, read("/a"))
+    assert len(known._found) <= 2
 
 
 # tables of another version

@@ -7,7 +7,7 @@ the rest are one row, `OTHER`: whoever calls a new path with each request fills 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Final, Literal, NamedTuple, TypeAlias
 
@@ -139,3 +139,25 @@ def capped(values: Mapping[str, Tally], known: AbstractSet[str], most: int) -> d
         name = value if value in known or room >= 0 else OTHER
         kept[name] = kept[name].and_also(tally) if name in kept else tally
     return dict(sorted(kept.items()))
+
+
+class Known:
+    """Values that were seen to have rows, so that a batch without new ones asks for none. Bounded.
+
+    Nothing is put in that was not read: a batch that fails leaves nothing wrong behind.
+    """
+
+    def __init__(self, most: int = 512) -> None:
+        self._most = most
+        self._found: dict[tuple[str, ...], AbstractSet[str]] = {}
+
+    def among(
+        self, place: tuple[str, ...], values: Mapping[str, Tally], read: Callable[[], AbstractSet[str]]
+    ) -> AbstractSet[str]:
+        """Give what is known of a place, and read it where one of the values is not."""
+        known = self._found.get(place)
+        if known is None or not known >= values.keys():
+            if len(self._found) >= self._most:
+                self._found.clear()
+            known = self._found[place] = read()
+        return known

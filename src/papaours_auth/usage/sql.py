@@ -16,6 +16,7 @@ from sqlalchemy import (
     Connection,
     Engine,
     Insert,
+    Select,
     Table,
     bindparam,
     delete,
@@ -35,7 +36,7 @@ from ..stores.sql_drivers import Place, read_url
 from . import rollup
 from .event import Event
 from .reader import Ask, Cell, Row
-from .rollup import MOST_DISTINCT, MOST_NETWORKS, Column, Expired, Retention
+from .rollup import MOST_DISTINCT, MOST_NETWORKS, Column, Expired, Known, Retention
 from .sinks import Batch
 from .sql_tables import UsageTables, check_version, prepare
 
@@ -101,13 +102,14 @@ class SQLSink:
         self._retention = retention
         self._ready = False
         self._pruned = float("-inf")
+        self._known = Known()
         hold_across_fork(self)
 
     def write(self, batch: Batch) -> None:
         """Store a batch, unless it is stored already. Then forget a little of what is too old."""
         if not self._ready:
             self.create()
-        self._twice(lambda connection: _write(connection, self._tables, batch))
+        self._twice(lambda connection: _write(connection, self._tables, batch, self._known))
         if time.monotonic() - self._pruned > _PRUNE_EVERY:
             self._twice(lambda connection: self._prune(connection, 2 * len(batch.events)))
 
@@ -232,15 +234,16 @@ def _tried(engine: Engine) -> Engine:
 # a batch
 
 
-def _write(connection: Connection, tables: UsageTables, batch: Batch) -> None:
+def _write(connection: Connection, tables: UsageTables, batch: Batch, known: Known) -> None:
     if not _first_time(connection, tables.batches, batch):
         return
     # Keys first: whoever adds to a key's row holds it to the end, so the bounds below are exact.
     _add(connection, tables.keys, [_row(tables.keys, found) for found in rollup.keys(batch.events)])
     _insert(connection, tables.events, batch.events)
     _add(connection, tables.series, [_series(found) for found in rollup.series(batch.events)])
-    _add(connection, tables.routes, list(_counts(connection, tables.routes, batch, "route")))
-    _add(connection, tables.addresses, list(_counts(connection, tables.addresses, batch, "address")))
+    counted: tuple[tuple[Table, Column], ...] = ((tables.routes, "route"), (tables.addresses, "address"))
+    for table, column in counted:
+        _add(connection, table, list(_counts(connection, table, batch, column, known)))
     _add(connection, tables.refusals, list(_refusals(connection, tables.refusals, batch)))
 
 
@@ -274,11 +277,18 @@ def _series(found: tuple[rollup.Step, int, str, int, int]) -> dict[str, Cell]:
     return {"key_id": key, "step": step, "start": start, "status": status, "calls": calls}
 
 
-def _counts(connection: Connection, table: Table, batch: Batch, column: Column) -> Iterator[dict[str, Cell]]:
+def _counts(
+    connection: Connection, table: Table, batch: Batch, column: Column, known: Known
+) -> Iterator[dict[str, Cell]]:
     for (key, step, start), values in rollup.tallies(batch.events, column).items():
         mine = table.c.key_id == key, table.c.step == step, table.c.start == start
-        known = set(connection.scalars(select(table.c[column]).where(*mine)))
-        for value, tally in rollup.capped(values, known, MOST_DISTINCT[step]).items():
+        rows = select(table.c[column]).where(*mine)
+
+        def read(rows: Select[Any] = rows) -> set[str]:
+            return set(connection.scalars(rows))
+
+        here = known.among((column, key, step, str(start)), values, read)
+        for value, tally in rollup.capped(values, here, MOST_DISTINCT[step]).items():
             yield {"key_id": key, "step": step, "start": start, column: value, **tally._asdict()}
 
 

@@ -18,7 +18,7 @@ from ..exceptions import StoreUnavailable
 from . import rollup
 from .layout import IDENTITY, VERSION, newer, prepare, transaction, version_of
 from .reader import Ask, Cell, Row
-from .rollup import MOST_DISTINCT, MOST_NETWORKS, Column, Expired, Retention
+from .rollup import MOST_DISTINCT, MOST_NETWORKS, Column, Expired, Known, Retention
 from .sinks import Batch
 
 __all__ = ["Retention", "SQLiteReader", "SQLiteSink"]
@@ -50,13 +50,14 @@ class SQLiteSink:
         self._retention = retention
         self._pruned = float("-inf")
         self._ready = False
+        self._known = Known()
 
     def write(self, batch: Batch) -> None:
         """Store a batch, unless it is stored already. Then forget a little of what is too old."""
         with self._open() as connection:
             with transaction(connection):
                 if _first_time(connection, batch):
-                    _store(connection, batch)
+                    _store(connection, batch, self._known)
             if time.monotonic() - self._pruned > _PRUNE_EVERY:
                 self._prune(connection, 2 * len(batch.events))
 
@@ -111,7 +112,7 @@ def _first_time(connection: sqlite3.Connection, batch: Batch) -> bool:
     return done.rowcount == 1
 
 
-def _store(connection: sqlite3.Connection, batch: Batch) -> None:
+def _store(connection: sqlite3.Connection, batch: Batch, known: Known) -> None:
     connection.executemany(
         "insert into usage_events(event_id, time, key_id, machine_id, address, method, route, status, reason, "
         "outcome, service, environment, duration, request_id) values (?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
@@ -127,14 +128,21 @@ def _store(connection: sqlite3.Connection, batch: Batch) -> None:
         rollup.keys(batch.events),
     )
     for column, added in _ADDED.items():
-        connection.executemany(added, list(_counts(connection, batch, column)))
+        connection.executemany(added, list(_counts(connection, batch, column, known)))
     _store_refusals(connection, batch)
 
 
-def _counts(connection: sqlite3.Connection, batch: Batch, column: Column) -> Iterator[tuple[Cell, ...]]:
-    for (key, step, start), values in rollup.tallies(batch.events, column).items():
-        known = {value for (value,) in connection.execute(_KNOWN[column], (key, step, start))}
-        for value, tally in rollup.capped(values, known, MOST_DISTINCT[step]).items():
+def _counts(
+    connection: sqlite3.Connection, batch: Batch, column: Column, known: Known
+) -> Iterator[tuple[Cell, ...]]:
+    for place, values in rollup.tallies(batch.events, column).items():
+        key, step, start = place
+
+        def read(place: tuple[str, str, int] = place) -> set[str]:
+            return {value for (value,) in connection.execute(_KNOWN[column], place)}
+
+        here = known.among((column, key, step, str(start)), values, read)
+        for value, tally in rollup.capped(values, here, MOST_DISTINCT[step]).items():
             yield key, step, start, value, *tally
 
 
