@@ -68,8 +68,9 @@ def _cost(result: Result, folder: Path, scale: float) -> None:
         loops = verification(authenticator, key, recorders)
         _added(result, "cached verification", loops, recorders, scale, goal=GOAL_NS)
         _added(result, "WSGI middleware", wsgi(authenticator, key, recorders), recorders, scale)
-        loops = asyncio.run(asgi(AsyncAuthenticator(store, **options), key, recorders))
-        _added(result, "ASGI middleware", loops, recorders, scale)
+        waiting = AsyncAuthenticator(store, **options)
+        _added(result, "ASGI middleware", asyncio.run(asgi(waiting, key, recorders)), recorders, scale)
+        asyncio.run(waiting.aclose())
         result.add("events lost meanwhile", memory.stats().lost + spool.stats().lost, "events", goal=0)
 
 

@@ -17,10 +17,9 @@ import pytest
 from papaours_auth import Keys, PepperRing, open_store, parse_peppers
 from papaours_auth.asgi import PapaoursAuthMiddleware as ASGIMiddleware
 from papaours_auth.stores import open_async_store
-from papaours_auth.usage import Batch, CallableSink, Event, Recorder
+from papaours_auth.usage import CallableSink, Recorder
 from papaours_auth.wsgi import PapaoursAuthMiddleware as WSGIMiddleware
-
-SLOW = 3600.0
+from support.usage import SLOW, Kept
 
 
 class House(NamedTuple):
@@ -44,18 +43,6 @@ def house(tmp_path: Path) -> House:
         keys.disable_key(cut.key.id)
     store.close()
     return House(url, peppers, text, good.secret.reveal(), cut.secret.reveal(), good.key.id)
-
-
-class Kept:
-    """A recorder, and the events that came out of it."""
-
-    def __init__(self) -> None:
-        self.batches: list[Batch] = []
-        self.recorder = Recorder(CallableSink(self.batches.append), interval=SLOW, service="contrats")
-
-    def events(self) -> list[Event]:
-        self.recorder.flush()
-        return [event for batch in self.batches for event in batch.events]
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import os
 import signal
-import sqlite3
 import stat
 import subprocess
 import sys
@@ -21,9 +20,8 @@ from typing import Any
 
 import pytest
 
-from papaours_auth import Identity, Reason
+from papaours_auth import Reason
 from papaours_auth.exceptions import ConfigurationError
-from papaours_auth.model import KeyInfo, MachineInfo
 from papaours_auth.usage import Batch, Call, CallableSink, Health, Outcome, Recorder, open_sink
 from papaours_auth.usage.event import body_of, event_from, event_of
 from papaours_auth.usage.recorder import _close
@@ -31,53 +29,7 @@ from papaours_auth.usage.spool import EVENT, Segment, records
 from papaours_auth.usage.sqlite import Retention, SQLiteSink
 from papaours_auth.usage.tally import Tally
 from support.servers import wait_until
-
-CALLER = Identity(
-    KeyInfo("key-1", "Production - Banc", "prod", "", None),
-    MachineInfo("machine-1", "Banc", "cfa-lyon", False),
-    (),
-    frozenset(),
-)
-SLOW = 3600.0  # the thread delivers at its start, and then not before the test has ended
-
-
-def rows(
-    path: Path, statement: str = "select status, count(*) from usage_events group by 1"
-) -> dict[Any, Any]:
-    connection = sqlite3.connect(path)
-    try:
-        return dict(connection.execute(statement).fetchall())
-    except sqlite3.OperationalError:  # no batch has come yet
-        return {}
-    finally:
-        connection.close()
-
-
-def call(recorder: Recorder, status: int = 200, *, route: str = "/contracts", end: bool = True) -> Call:
-    made = Call(CALLER, "192.0.2.7", "GET")
-    made.route = route
-    made.status = status
-    recorder.sent(made)
-    if end:
-        recorder.done(made, Outcome.COMPLETED)
-    return made
-
-
-class Faulty:
-    """A sink that obeys a plan: each write takes the next step, and the last one stays."""
-
-    def __init__(self, path: Path, *plan: str) -> None:
-        self.inner, self.plan = SQLiteSink(path), list(plan)
-
-    def write(self, batch: Batch) -> None:
-        step = self.plan.pop(0) if self.plan else "work"
-        if step == "exit":
-            raise SystemExit
-        if step == "down":
-            raise RuntimeError("pk_prod_canary")
-        self.inner.write(batch)
-        if step == "reply lost":
-            raise TimeoutError
+from support.usage import CALLER, SLOW, Faulty, call, rows
 
 
 @pytest.fixture(params=["memory", "spool"])
@@ -195,7 +147,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from test_usage_recorder import Faulty, SLOW, call
+from support.usage import Faulty, SLOW, call
 from papaours_auth.usage import Recorder
 plan = ["reply lost"] + ["down"] * 999
 recorder = Recorder(Faulty(Path({path!r}), *plan), spool={spool!r}, interval=SLOW, segment_bytes=65536)
@@ -398,7 +350,7 @@ def test_a_sink_that_never_comes_back_does_not_hold_up_the_end(
 ENDS = """
 import sys, threading, time
 sys.path.insert(0, {tests!r})
-from test_usage_recorder import call
+from support.usage import call
 from papaours_auth.usage import CallableSink, Recorder
 recorder = Recorder(CallableSink(lambda _: time.sleep(3600)), spool={spool!r}, interval=0.01)
 call(recorder)

@@ -24,7 +24,7 @@ from papaours_auth.flask import PapaoursAuth as FlaskAuth
 from papaours_auth.starlette import exception_handlers, require
 from papaours_auth.stores.memory import AsyncMemoryStore, MemoryStore
 from support.calls import http_scope, run_asgi, websocket_scope
-from test_usage_middleware import Kept
+from support.usage import Kept
 
 SEED = "pk_prod_abc123def456ghi789"
 KEY = {"X-API-KEY": SEED}
@@ -283,6 +283,15 @@ def test_the_dependency_under_the_middleware_records_nothing_twice(
         ("/live", 101),
         ("/open", 200),
     ]
+
+
+def test_the_dependency_records_under_a_middleware_that_does_not(
+    waiting: AsyncAuthenticator, kept: Kept
+) -> None:
+    app = fastapi(FastAPIAuth(authenticator=waiting, usage=kept.recorder))
+    client = FastAPIClient(PapaoursAuthMiddleware(app, authenticator=waiting), headers=KEY)
+    client.get("/contracts/7")
+    assert recorded(kept) == [("/contracts/{number}", 200)]
 
 
 def test_install_starts_the_recorder_and_closes_it(waiting: AsyncAuthenticator, kept: Kept) -> None:

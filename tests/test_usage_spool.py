@@ -26,7 +26,7 @@ from papaours_auth.usage.spool import (
     records,
 )
 from support.servers import wait_until
-from test_usage_recorder import CALLER, SLOW, call
+from support.usage import CALLER, SLOW, call
 
 DEAD = "0123456789abcdef"
 HEADER = b"papaours-usage-1"

@@ -10,10 +10,9 @@ from .authenticator import Options
 from .exceptions import ConfigurationError
 from .throttle import Throttle
 from .usage import Recorder
+from .usage.event import LONGEST_ROUTE
 
 STORE_VARIABLE: Final = "PAPAOURS_STORE"
-_LONGEST: Final = 256
-"""Characters: what waits in memory is bounded too, not only what is kept."""
 _HIDDEN: Final = "(hidden: it looks like a key)"
 
 
@@ -61,7 +60,7 @@ def recorder_for(usage: Recorder | str | None) -> Recorder | None:
 
 def recordable(text: str, mark: str) -> str:
     """Give a text as it may be recorded: bounded, and hidden where somebody put a key into it (``mark``: pk_)."""
-    short = text[:_LONGEST]
+    short = text[:LONGEST_ROUTE]  # what waits in memory is bounded too, not only what is kept
     return _HIDDEN if mark in short else short
 
 

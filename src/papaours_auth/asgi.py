@@ -41,6 +41,8 @@ _SWITCHING: Final = 101
 # Bound once: to name a member of an enum costs 100 ns.
 _COMPLETED, _FAILED, _GONE = Outcome.COMPLETED, Outcome.FAILED, Outcome.GONE
 _LAST: Final = ("http.response.pathsend", "http.response.zerocopysend", "websocket.http.response.body")
+RECORDED: Final = "papaours.recorded"
+"""Where in a scope a middleware says that it records this call."""
 REFUSED: Final = "papaours.refused"
 """Where in a scope an integration puts the `Refused` that an endpoint raised, for what is recorded."""
 
@@ -246,6 +248,7 @@ class PapaoursAuthMiddleware(Guard):
         if self.recorder is None:
             await self.app(scope, receive, private(send))
             return
+        scope[RECORDED] = True
         call = Call(identity, client, scope.get("method", "WEBSOCKET"))
         # Not a coroutine of ours: only the frame that is here anyway sees how the app ended.
         try:

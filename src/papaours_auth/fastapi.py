@@ -22,7 +22,7 @@ from fastapi.security import APIKeyHeader, HTTPBearer, SecurityScopes
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .asgi import REFUSED, Guard, Message, PapaoursAuthMiddleware, identity_of, outcome_of, private
+from .asgi import RECORDED, REFUSED, Guard, Message, PapaoursAuthMiddleware, identity_of, outcome_of, private
 from .exceptions import Refused
 from .model import Identity
 from .starlette import refuse, require
@@ -95,14 +95,13 @@ class _Answers:
         self.app, self._guard = app, guard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        recorder = self._guard.recorder
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
-        elif (
-            self._guard.recorder is None or identity_of(scope) is not None
-        ):  # a middleware further out records it
+        elif recorder is None or RECORDED in scope:
             await self.app(scope, receive, _marked(scope, send))
         else:
-            answer = _Recording(self._guard, self._guard.recorder, scope, send)
+            answer = _Recording(self._guard, recorder, scope, send)
             try:
                 await self.app(scope, receive, answer.send)
             except BaseException as error:

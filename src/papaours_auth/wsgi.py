@@ -61,8 +61,10 @@ class Guard:
     def identify(self, environ: WSGIEnvironment) -> Identity | None:
         """Give who calls; None where a request may pass without a key. Raises `Refused`."""
         try:
-            key, client = self._presented(environ)
-            return self.authenticator.authenticate(key, client=client)
+            key = credentials(
+                _header(environ, "HTTP_AUTHORIZATION"), _header(environ, "HTTP_X_API_KEY"), token=self._token
+            )
+            return self.authenticator.authenticate(key, client=self._client(environ))
         except Refused as refused:
             if self._passes(refused, environ):
                 return None
@@ -75,14 +77,6 @@ class Guard:
         if self.throttle is None:
             return refused
         return self.throttle.judge(refused, self._client(environ))
-
-    def _presented(self, environ: WSGIEnvironment) -> tuple[bytes, str | None]:
-        """Give the key and the client's address, or raise `Refused`."""
-        authorization, x_api_key = (
-            _header(environ, "HTTP_AUTHORIZATION"),
-            _header(environ, "HTTP_X_API_KEY"),
-        )
-        return credentials(authorization, x_api_key, token=self._token), self._client(environ)
 
     def _client(self, environ: WSGIEnvironment) -> str | None:
         forwarded = _header(environ, "HTTP_X_FORWARDED_FOR") if self.gate.believes_proxies else None
@@ -126,16 +120,14 @@ class PapaoursAuthMiddleware(Guard):
         if not self.gate.everything and not self.gate.guards(_path(environ)):
             return self.app(environ, start_response)
         try:
-            key, client = self._presented(environ)
-            identity = self.authenticator.authenticate(key, client=client)
+            identity = environ["papaours.identity"] = self.identify(environ)
         except Refused as refused:
-            if self._passes(refused, environ):
-                return self.app(environ, start_response)
-            return self._refuse(self._judged(refused, environ), environ, start_response)
-        environ["papaours.identity"] = identity
+            return self._refuse(refused, environ, start_response)
+        if identity is None:
+            return self.app(environ, start_response)
         if self.recorder is None:
             return self.app(environ, private(start_response))
-        call = Call(identity, client, environ["REQUEST_METHOD"])
+        call = Call(identity, self._client(environ), environ["REQUEST_METHOD"])
         return _Recording(self.recorder, call, environ, self.mark).run(self.app, start_response)
 
     def _refuse(

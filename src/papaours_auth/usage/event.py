@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 VERSION: Final = 1
 _CELL: Final = struct.Struct("<HBBI")
-_ID, _ADDRESS, _METHOD, _ROUTE, _REQUEST = 64, 64, 16, 256, 64  # characters
+LONGEST_ROUTE: Final = 256  # characters, as the next
+_ID, _ADDRESS, _METHOD, _REQUEST = 64, 64, 16, 64
 _MOST: Final = 0xFFFF_FFFF
 _LATEST: Final = 1 << 62  # what SQLite can keep, whatever the clock says
 _SEPARATOR: Final = "\x1f"  # unprintable, so `clean` lets it into no field
@@ -107,7 +108,7 @@ def texts_of(call: Call, service: str) -> Texts:
     key, machine = call.identity.key, call.identity.machine
     try:
         texts = (
-            key.id, machine.id, (call.address or "")[:_ADDRESS], call.method[:_METHOD], call.route[:_ROUTE],
+            key.id, machine.id, (call.address or "")[:_ADDRESS], call.method[:_METHOD], call.route[:LONGEST_ROUTE],
             call.reason[:_ID], service, key.environment, call.request_id[:_REQUEST],
         )  # fmt: skip
         if "".join(texts).isprintable():  # one look at all: 1 µs less than nine
@@ -116,7 +117,7 @@ def texts_of(call: Call, service: str) -> Texts:
         pass
     return (
         clean(key.id), clean(machine.id), clean(call.address, _ADDRESS), clean(call.method, _METHOD),
-        clean(call.route, _ROUTE), clean(call.reason), service, clean(key.environment),
+        clean(call.route, LONGEST_ROUTE), clean(call.reason), service, clean(key.environment),
         clean(call.request_id, _REQUEST),
     )  # fmt: skip
 
