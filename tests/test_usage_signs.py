@@ -722,6 +722,26 @@ def test_what_cannot_be_done_says_so(place: Place, tmp_path: Path) -> None:
     assert tables == [("a",)]  # nothing is made in another's file
 
 
+def test_a_file_that_is_replaced_is_watched_on(place: Place) -> None:
+    watch = Watch(place.path)
+    watch.catch_up()
+    for path in place.path.parent.iterdir():
+        path.unlink()
+    with pytest.raises(StoreUnavailable):
+        watch.step()
+    Place(place.path).write(theft())
+    assert watch.step() == 6
+
+
+def test_a_state_of_another_version_is_not_read_and_its_key_learned_anew(place: Place) -> None:
+    watch = Watch(place.path)
+    watch.catch_up()
+    place.change("update usage_signs set state = '[0, \"what only another version knows\"]'")
+    place.write(theft())
+    assert watch.step() == 6
+    assert watch.alerts() == []
+
+
 def test_events_whose_numbers_began_anew_are_read(place: Place) -> None:
     """All was forgotten by retention, so SQLite gives the numbers again."""
     watch = Watch(place.path)
