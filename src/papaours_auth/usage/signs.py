@@ -21,7 +21,7 @@ from .rhythm import Rhythm, Rise
 
 _HOUR: Final = 3_600_000_000
 _DAY: Final = 24 * _HOUR
-_VERSION: Final = 1  # of the states: one of another is not read, and its subject is learned anew
+_STATE: Final = 1  # the version of the states: one of another is not read, and its subject is learned anew
 _FAR: Final = _DAY
 _LONGEST_STEP: Final = 7 * _DAY
 _LONGEST_GAP: Final = 45 * _DAY
@@ -121,12 +121,12 @@ class Clock:
 
 
 def _written(state: Sequence[object]) -> str:
-    return json.dumps([_VERSION, *state], separators=(",", ":"))
+    return json.dumps([_STATE, *state], separators=(",", ":"))
 
 
 def _read(text: str | None) -> list[Any] | None:  # Any: what `_written` wrote, and nobody else
     version, *state = json.loads(text) if text else (0,)
-    return state if version == _VERSION else None
+    return state if version == _STATE else None
 
 
 class KeyHabits:
