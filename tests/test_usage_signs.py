@@ -186,7 +186,7 @@ def test_a_small_rise_that_lasts_is_found_where_its_hours_alone_are_not_out_of_t
 def test_growth_raises_what_is_expected() -> None:
     detector = Detector()
     growing = (
-        event for week in range(10) for event in ordinary(7, begin=week * 7, per_hour=round(20 * 1.12**week))
+        event for week in range(9) for event in ordinary(7, begin=week * 7, per_hour=round(5 * 1.4**week))
     )
     assert found(detector, growing) == []
 
