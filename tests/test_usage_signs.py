@@ -267,6 +267,7 @@ def test_a_burst_of_403_is_a_sign_and_a_few_are_not(learned: Detector) -> None:
 def test_404_counts_where_paths_are_guessed_and_teaches_nothing(learned: Detector) -> None:
     missing = [call(NOW - HOUR + n, status=404) for n in range(15)]  # a contract that is gone
     assert found(learned, missing) == []
+    assert found(learned, [call(NOW, status=404, route="/nowhere")]) == []
     guessed = [call(NOW + n, status=404, route=f"/{chr(97 + n)}dmin") for n in range(12)]
     findings = found(learned, guessed)
     assert {finding.sign for finding in findings} == {Sign.RESOURCES}
@@ -359,9 +360,8 @@ def test_pitfall_17_a_flood_of_keys_or_networks_is_bounded_and_hides_no_slow_one
     slow = [refused(day * DAY + n * 5 * HOUR) for day in range(7) for n in range(4)]
     told = []
     for number, one in enumerate(slow):
-        flood = [
-            refused(number, f"10.{number}.{other}.0/24", calls=1) for other in range(60)
-        ]  # each once, from somewhere else
+        later = one.minute - START + MINUTE
+        flood = [refused(later, f"10.{number}.{other}.0/24") for other in range(150)]
         told += found(detector, [one, *flood])
     assert {finding.subject.id for finding in told} == {"198.51.100.0/24"}
     found(detector, [call(n, key=f"key-{n}") for n in range(1000)])
