@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from papaours_auth import cli, cli_signs
 from papaours_auth.exceptions import InvalidInput, NotFound, StoreUnavailable
-from papaours_auth.usage import Batch, Event, Recorder, Refusals, Sign, alert_table
+from papaours_auth.usage import Batch, CallableSink, Event, Recorder, Refusals, Sign, alert_table
 from papaours_auth.usage import watch as watch_module
 from papaours_auth.usage.alerts import TITLES, Alert, Book, Finding, Subject, worse
 from papaours_auth.usage.novelty import Familiar
@@ -900,6 +900,15 @@ def test_the_commands_exit_codes(place: Place, run: Callable[..., tuple[int, str
     assert run("mute", "4711", "--usage", url)[0] == 1
     assert run("--usage", str(place.path.with_name("absent.db")))[0] == 3
     assert "secret" not in run("--usage", "postgresql://user:secret@host/x")[2]
+
+
+def test_signs_are_looked_for_in_a_file_alone(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_signs, "open_sink", lambda _: CallableSink(print))  # as another sink's URL gives
+    code, _, err = run("--usage", "other://x")
+    assert code == 2
+    assert "sqlite:///usage.db" in err
 
 
 def test_follow_prints_what_comes(
