@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from papaours_auth import cli, cli_signs
 from papaours_auth.exceptions import InvalidInput, NotFound, StoreUnavailable
-from papaours_auth.usage import Batch, Event, Recorder, Refusals, Sign, alert_table
+from papaours_auth.usage import Batch, CallableSink, Event, Recorder, Refusals, Sign, alert_table
 from papaours_auth.usage import watch as watch_module
 from papaours_auth.usage.alerts import TITLES, Alert, Book, Finding, Subject, worse
 from papaours_auth.usage.novelty import Familiar
@@ -186,7 +186,7 @@ def test_a_small_rise_that_lasts_is_found_where_its_hours_alone_are_not_out_of_t
 def test_growth_raises_what_is_expected() -> None:
     detector = Detector()
     growing = (
-        event for week in range(10) for event in ordinary(7, begin=week * 7, per_hour=round(20 * 1.12**week))
+        event for week in range(9) for event in ordinary(7, begin=week * 7, per_hour=round(5 * 1.4**week))
     )
     assert found(detector, growing) == []
 
@@ -267,6 +267,7 @@ def test_a_burst_of_403_is_a_sign_and_a_few_are_not(learned: Detector) -> None:
 def test_404_counts_where_paths_are_guessed_and_teaches_nothing(learned: Detector) -> None:
     missing = [call(NOW - HOUR + n, status=404) for n in range(15)]  # a contract that is gone
     assert found(learned, missing) == []
+    assert found(learned, [call(NOW, status=404, route="/nowhere")]) == []
     guessed = [call(NOW + n, status=404, route=f"/{chr(97 + n)}dmin") for n in range(12)]
     findings = found(learned, guessed)
     assert {finding.sign for finding in findings} == {Sign.RESOURCES}
@@ -356,12 +357,11 @@ def test_pitfall_17_a_flood_of_networks_and_routes_grows_no_key() -> None:
 
 def test_pitfall_17_a_flood_of_keys_or_networks_is_bounded_and_hides_no_slow_one() -> None:
     detector = Detector(most=100)
-    slow = [refused(day * DAY + n * 5 * HOUR) for day in range(7) for n in range(4)]
+    slow = [refused(day * DAY + n * 5 * HOUR, calls=2) for day in range(7) for n in range(4)]
     told = []
     for number, one in enumerate(slow):
-        flood = [
-            refused(number, f"10.{number}.{other}.0/24", calls=1) for other in range(60)
-        ]  # each once, from somewhere else
+        later = one.minute - START + MINUTE
+        flood = [refused(later, f"10.{number}.{other}.0/24") for other in range(150 if number else 0)]
         told += found(detector, [one, *flood])
     assert {finding.subject.id for finding in told} == {"198.51.100.0/24"}
     found(detector, [call(n, key=f"key-{n}") for n in range(1000)])
@@ -722,6 +722,26 @@ def test_what_cannot_be_done_says_so(place: Place, tmp_path: Path) -> None:
     assert tables == [("a",)]  # nothing is made in another's file
 
 
+def test_a_file_that_is_replaced_is_watched_on(place: Place) -> None:
+    watch = Watch(place.path)
+    watch.catch_up()
+    for path in place.path.parent.iterdir():
+        path.unlink()
+    with pytest.raises(StoreUnavailable):
+        watch.step()
+    Place(place.path).write(theft())
+    assert watch.step() == 6
+
+
+def test_a_state_of_another_version_is_not_read_and_its_key_learned_anew(place: Place) -> None:
+    watch = Watch(place.path)
+    watch.catch_up()
+    place.change("update usage_signs set state = '[0, \"what only another version knows\"]'")
+    place.write(theft())
+    assert watch.step() == 6
+    assert watch.alerts() == []
+
+
 def test_events_whose_numbers_began_anew_are_read(place: Place) -> None:
     """All was forgotten by retention, so SQLite gives the numbers again."""
     watch = Watch(place.path)
@@ -880,6 +900,15 @@ def test_the_commands_exit_codes(place: Place, run: Callable[..., tuple[int, str
     assert run("mute", "4711", "--usage", url)[0] == 1
     assert run("--usage", str(place.path.with_name("absent.db")))[0] == 3
     assert "secret" not in run("--usage", "postgresql://user:secret@host/x")[2]
+
+
+def test_signs_are_looked_for_in_a_file_alone(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_signs, "open_sink", lambda _: CallableSink(print))  # as another sink's URL gives
+    code, _, err = run("--usage", "other://x")
+    assert code == 2
+    assert "sqlite:///usage.db" in err
 
 
 def test_follow_prints_what_comes(

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from ipaddress import ip_network
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from ..exceptions import Reason
 from .alerts import Evidence, Finding, Severity, Sign, Subject
@@ -21,6 +21,7 @@ from .rhythm import Rhythm, Rise
 
 _HOUR: Final = 3_600_000_000
 _DAY: Final = 24 * _HOUR
+_STATE: Final = 1  # the version of the states: one of another is not read, and its subject is learned anew
 _FAR: Final = _DAY
 _LONGEST_STEP: Final = 7 * _DAY
 _LONGEST_GAP: Final = 45 * _DAY
@@ -119,12 +120,20 @@ class Clock:
             self.age += min(step, _LONGEST_STEP) if step <= _LONGEST_GAP else 0
 
 
+def _written(state: Sequence[object]) -> str:
+    return json.dumps([_STATE, *state], separators=(",", ":"))
+
+
+def _read(text: str | None) -> list[Any] | None:  # Any: what `_written` wrote, and nobody else
+    version, *state = json.loads(text) if text else (0,)
+    return state if version == _STATE else None
+
+
 class KeyHabits:
     """What is usual for one key. Bounded, whatever its events say."""
 
     def __init__(self, text: str | None = None) -> None:
-        # Any: what `dump` wrote, and nobody else.
-        state = json.loads(text) if text else [None] * 7
+        state = _read(text) or [None] * 7
         self._clock = Clock(state[0])
         self._calls = state[1] or 0
         self._networks, self._routes = Familiar(state[2]), Familiar(state[3])
@@ -137,7 +146,7 @@ class KeyHabits:
             self._clock, self._networks, self._routes, self._rhythm, self._failures, self._denials,
         )  # fmt: skip
         clock, *rest = [part.state() for part in parts]
-        return json.dumps([clock, self._calls, *rest], separators=(",", ":"))
+        return _written([clock, self._calls, *rest])
 
     @property
     def seen(self) -> int:
@@ -221,14 +230,14 @@ class NetworkHabits:
     """How often a network presented what is no known key."""
 
     def __init__(self, text: str | None = None) -> None:
-        state = json.loads(text) if text else (0, None)
+        state = _read(text) or (0, None)
         self.seen: int = state[0]
         """When it last failed (µs)."""
         self._failures = Repetition(state[1])
 
     def dump(self) -> str:
         """Write it down, for `__init__` to read."""
-        return json.dumps([self.seen, self._failures.state()], separators=(",", ":"))
+        return _written([self.seen, self._failures.state()])
 
     @property
     def weight(self) -> int:

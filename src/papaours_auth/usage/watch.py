@@ -169,6 +169,7 @@ class Watch:
                     self._prepare(connection)
                 yield connection
         except sqlite3.Error as error:
+            self._ready = False  # it may come back as another file
             raise StoreUnavailable(_UNREADABLE) from error
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
