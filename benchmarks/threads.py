@@ -61,7 +61,7 @@ def together(door: Authenticator, key: bytes, count: int, calls: int) -> float:
 
 
 async def _stalls(result: Result, scale: float) -> None:
-    """Time the turns of a loop that verifies uncached keys on SQLite, of an idle one, and of one busy with nothing."""
+    """Time the turns of a loop that verifies uncached keys on SQLite, of an idle one, and of a busy one."""
     with place("sqlite") as there:
         keys = [one_key(there.url, there.peppers)[0].encode() for _ in range(2)]
         async with AsyncAuthenticator(
