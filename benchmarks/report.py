@@ -119,10 +119,12 @@ def _section(machine: Machine, result: Result, folder: str) -> Iterator[str]:
 
 
 def described(machine: Machine) -> str:
-    """Say where and when it was measured, in a sentence."""
+    """Say where and when it was measured, and whether the machine had time for it."""
+    busy = float(machine["load"]) > float(machine["cores"])
     return (
         f"Measured on {machine['cpu']}, {machine['cores']} cores, {machine['system']}, {machine['python']}, "
-        f"{machine['date']}, commit {machine['commit']}, load average {machine['load']}."
+        f"{machine['date']}, commit {machine['commit']}, load average {machine['load']}"
+        f"{': it had others to serve, so times are too long and spreads too wide.' if busy else '.'}"
     )
 
 

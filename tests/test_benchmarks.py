@@ -202,6 +202,12 @@ def test_the_report_shows_the_plots_of_now_alone(tmp_path: Path) -> None:
     assert "peer 1.0" in page
 
 
+def test_the_report_says_where_a_machine_was_too_busy() -> None:
+    machine = {**harness.machine(), "cores": 2, "load": "1.9"}
+    assert "others to serve" not in report.described(machine)
+    assert "load average 7.5: it had others to serve" in report.described({**machine, "load": "7.5"})
+
+
 def test_a_row_is_judged_by_its_worst_figure() -> None:
     good, bad = Figure("a", 1.0, goal=1.0), Figure("b", 2.0, goal=1.0)
     measured = goals.Row("a", "<= 1", "floor", ("a", "b"))
