@@ -23,7 +23,7 @@ from papaours_auth.usage.reader import Ask, Cell, Row, micro, moment, open_reade
 from papaours_auth.usage.sqlite import SQLiteReader, SQLiteSink
 from support.servers import wait_until
 from support.sql_servers import SQLServer
-from test_usage_recorder import CALLER
+from support.usage import CALLER
 
 NOON = datetime.now(UTC).replace(hour=12, minute=0, second=0, microsecond=0) - timedelta(days=1)
 MINUTE = timedelta(minutes=1)
