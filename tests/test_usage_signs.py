@@ -856,7 +856,10 @@ def run(
 
 
 def test_the_command_lists_shows_and_mutes(
-    place: Place, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+    place: Place,
+    run: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     url = f"sqlite:///{place.path}"
     since = "2026-01-01T00:00Z"
@@ -866,6 +869,7 @@ def test_the_command_lists_shows_and_mutes(
     assert "addresses" in out
     assert "203.0.113.0/24" in out
     assert "signs show" in err
+    assert "sign of compromise" not in caplog.text  # that is the app's
     monkeypatch.setenv("PAPAOURS_USAGE", url)
     assert run("--since", "1h")[1:] == ("", "No sign of compromise.\n")
     assert run("--since", since, "--sign", "rise")[1] == ""
