@@ -18,9 +18,9 @@ from .reader import Ask, Cell, Row
 
 EXAMINED: Final = 50_000
 """Rows a page looks at, at most; fewer where `PATIENCE` is over before: a cold disk reads 5,000 a second."""
-PATIENCE: Final = 0.25
+PATIENCE: Final = 0.15
 """Seconds after which a page begins no further stretch. The first has `STRETCH` rows, each next one twice as many."""
-STRETCH: Final = 1_000
+STRETCH: Final = 250
 MOST: Final = 10_000
 """Events on a page, at most."""
 _SAMPLE: Final = 20_000
