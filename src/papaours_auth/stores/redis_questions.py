@@ -55,27 +55,27 @@ class Questions:
     def lookup(self, claim: Claim) -> Steps[Found]:
         """Find a claim's record: in one round trip, or in two on Cluster."""
         digests = [candidate.digest for candidate in claim.candidates]
-        command, start = self._lookup_command(claim.partition, len(digests))
-        packed = start + b"".join([b"$%d\r\n%b\r\n" % (len(digest), digest) for digest in digests])
-        (reply,) = yield from self.router.run(claim.partition, (*command, *digests), packed=packed)
+        command, _ = self._lookup_command(claim.partition, len(digests))
+        (reply,) = yield from self.router.run(claim.partition, (*command, *digests))
         if reply is None:
             raise lost()
         tip, *found = reply.split(b"\n")
-        epochs = {claim.partition: epoch_of(tip)}
-        if not found:
-            return Found(None, epochs)
-        place, key, at, machine_id, *rest = found
-        partition = int(at)
-        tip, machine = rest or (yield from self._machine(partition, machine_id))
-        if not tip or not key:
-            raise lost()
-        epochs[partition] = epoch_of(tip)
-        if not machine:  # deleted; its keys are on their way
-            return Found(None, epochs)
-        return Found(Record(read_packed_key(key), read_packed_machine(machine), digests[int(place)]), epochs)
+        if found and not self.router.single:
+            found += yield from self._machine(int(found[2]), found[3])
+        return _found(claim, tip, found)
+
+    def packed_lookup(self, claim: Claim) -> bytes:
+        """Give the lookup as it is sent: redis-py packs a word in half a µs."""
+        _, start = self._lookup_command(claim.partition, len(claim.candidates))
+        return start + b"".join([b"$32\r\n%b\r\n" % candidate.digest for candidate in claim.candidates])
+
+    def read_found(self, claim: Claim, reply: bytes) -> Found:
+        """Read what one server says to `packed_lookup`."""
+        tip, *found = reply.split(b"\n")
+        return _found(claim, tip, found)
 
     def _lookup_command(self, partition: int, digests: int) -> tuple[Command, bytes]:
-        """Give a lookup but for its digests, and the same as it is sent: redis-py packs a word in half a µs."""
+        """Give a lookup but for its digests, as words and as they are sent."""
         made = self._lookups.get((partition, digests))
         if made is not None:
             return made
@@ -183,3 +183,18 @@ class Questions:
         tips = [tip_of(known[partition]) if partition in known else "" for partition in partitions]
         names = [self.layout.name(partition, "changes") for partition in partitions]
         return ("EVALSHA", _NEWS, len(names), *names, LOG_READ, *tips)
+
+
+def _found(claim: Claim, tip: bytes, found: Sequence[bytes | None]) -> Found:
+    """Read a lookup's reply: after the tip nothing, or all there is of a key and its machine."""
+    epochs = {claim.partition: epoch_of(tip)}
+    if not found:
+        return Found(None, epochs)
+    place, key, at, _, machines_tip, machine = found
+    if place is None or at is None or not machines_tip or not key:
+        raise lost()
+    epochs[int(at)] = epoch_of(machines_tip)
+    if not machine:  # deleted; its keys are on their way
+        return Found(None, epochs)
+    digest = claim.candidates[int(place)].digest
+    return Found(Record(read_packed_key(key), read_packed_machine(machine), digest), epochs)

@@ -36,15 +36,11 @@ _SLOTS: Final = 16384
 
 
 class Ask(NamedTuple):
-    """One round trip: commands for one node, all sent before the first reply is read.
-
-    ``packed`` is the same as it is sent, where that is one command whose reply is a string: see `Exchange`.
-    """
+    """One round trip: commands for one node, all sent before the first reply is read."""
 
     node: Node
     commands: tuple[Command, ...]
     write: bool = False
-    packed: bytes | None = None
 
 
 class Unreachable(StoreUnavailable):
@@ -108,20 +104,17 @@ class Router:
         """Whether Sentinels say which node that is."""
         return self._place.kind == "sentinel"
 
-    def run(
-        self, partition: int, *commands: Command, write: bool = False, packed: bytes | None = None
-    ) -> Steps[list[Any]]:
+    def run(self, partition: int, *commands: Command, write: bool = False) -> Steps[list[Any]]:
         """Have the node of a partition answer. Raises `StoreUnavailable` for any error reply."""
-        node = self._nodes.get(partition) or (yield from self.locate(partition))
+        node = self.known(partition) or (yield from self.locate(partition))
         asking = False
         for _ in range(_REDIRECTIONS):
             try:
-                replies = yield Ask(node, (("ASKING",), *commands) if asking else commands, write, packed)
+                replies = yield Ask(node, (("ASKING",), *commands) if asking else commands, write)
             except Unreachable as error:
                 node = yield from self._elsewhere(partition, node, error, write)
                 asking = False
                 continue
-            packed = None
             replies = replies[1:] if asking else replies
             problem = _problem(replies)
             if problem is None:
@@ -163,6 +156,10 @@ class Router:
         if problem is not None:
             raise refused(problem) from problem
         return replies
+
+    def known(self, partition: int) -> Node | None:
+        """Give the node of a partition, as far as it is known."""
+        return self._nodes.get(partition)
 
     def forget(self) -> None:
         """Ask anew which nodes there are."""
