@@ -301,15 +301,54 @@ def test_scripts_are_sent_again_where_the_server_forgot_them(
 def test_a_lookup_is_one_round_trip_and_on_cluster_two(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     house.found()
-    exchange = house.store._wire._exchange
+    exchange, at_once = house.store._wire._exchange, house.store._wire.exchange
 
     def counted(ask: Ask) -> list[Any]:
         asked.append(len(ask.commands))
         return exchange(ask)
 
+    def counted_at_once(node: Node, packed: bytes) -> bytes | None:
+        asked.append(packed.count(b"EVALSHA"))
+        return at_once(node, packed)
+
     monkeypatch.setattr(house.store._wire, "_exchange", counted)
+    monkeypatch.setattr(house.store._wire, "exchange", counted_at_once)
     assert house.found()
     assert asked == ([1] if house.store._router.single else [1, 1])
+
+
+def test_the_short_way_is_left_where_it_leads_nowhere(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is idle, all are in use, it lay idle while the server was restarted, another thread was faster."""
+    wire, node = house.store._wire, house.store._router.known(house.claim.partition)
+    assert node is not None
+    packed = house.store._ask.packed_lookup(house.claim)
+    wire.discard()
+    assert wire.exchange(node, packed) is None
+    house.found()
+    taken = [wire._room.get(block=False) for _ in range(house.store.place.connections)]
+    assert wire.exchange(node, packed) is None
+    for each in taken:
+        wire._room.put(each)
+    monkeypatch.setattr("papaours_auth.stores.redis_wire._exchanged", _hung_up)
+    assert wire._idle[node]
+    assert wire.exchange(node, packed) is None
+    assert not wire._idle.get(node)
+    monkeypatch.undo()
+    assert house.found()
+    wire._idle[node] = Emptied(wire._idle[node])
+    assert wire.exchange(node, packed) is None
+    assert wire._room.qsize() == house.store.place.connections
+
+
+def _hung_up(*_: object) -> bytes | None:
+    raise ConnectionResetError
+
+
+class Emptied(list[Any]):  # Any: connections
+    """What another thread empties between the look and the grip."""
+
+    def pop(self, *_: Any) -> Any:
+        raise IndexError
 
 
 # outages

@@ -371,7 +371,7 @@ def private(send: Send) -> Send:
 def _marked(message: Message) -> Message:
     headers = list(message.get("headers", ()))
     for name, _ in headers:  # no all(): its generator costs 250 ns an answer
-        if name.lower() == b"cache-control":
+        if len(name) == 13 and name.lower() == b"cache-control":
             return message
     headers.append((b"cache-control", b"private"))
     return {**message, "headers": headers}
