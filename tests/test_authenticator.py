@@ -267,6 +267,46 @@ def test_no_text_of_a_key_stays_in_the_cache(door: Door, seed: str) -> None:
         assert STRANGER not in kept
 
 
+class HeldUp(dict[bytes, Any]):  # Any: entries
+    """Entries, of which a thread finds one and is then held up, while something else happens."""
+
+    def __init__(self, entries: dict[bytes, Any], meanwhile: Callable[[], object]) -> None:
+        super().__init__(entries)
+        self._meanwhile: list[Callable[[], object]] = [meanwhile]
+
+    def get(self, digest: bytes, default: Any = None) -> Any:
+        found = super().get(digest, default)
+        if found is not None and self._meanwhile:
+            self._meanwhile.pop()()
+        return found
+
+
+@pytest.mark.parametrize("how", ["cached", "recall", "recall_stale"])
+def test_an_entry_from_before_a_reading_is_not_believed_by_trust_from_after_it(
+    how: str, door: Door, clock: ManualClock, admin: Keys, seed: str
+) -> None:
+    """Held up between its look at the entry and its look at the trust, while an outage ends."""
+    authenticator, cache = door.authenticator, door.authenticator._cache
+    door.refresh()
+    assert isinstance(door.knock(SEED), Identity)
+    digest, _ = authenticator._recall(SEED.encode())
+    clock.advance(authenticator.max_staleness + 1)  # the outage
+    admin.disable_key(seed)
+    cache.entries = HeldUp(cache.entries, door.refresh)
+    authenticator._entry = cache.entries.get
+    now = clock.monotonic()
+    found: object
+    if how == "cached":
+        found = authenticator.cached(SEED.encode())
+    elif how == "recall":
+        found = cache.recall(digest, now)
+    else:
+        found = cache.recall_stale(digest, now, 60.0)
+    assert found is None
+    assert cache.trusted_until > now  # the reading did come in between
+    assert digest not in cache.entries
+
+
 # flights
 
 

@@ -181,12 +181,15 @@ class _Engine(Generic[_F]):
         hashed = self._keyed_hash()
         hashed.update(presented)
         digest = hashed.digest()
+        # Before the entry: a reading evicts first and renews trust last, so an entry that is found afterwards
+        # was there when this trust was given. The other way round a revoked key would come in at an outage's end.
+        trusted_until = self._cache.trusted_until
         entry = self._entry(digest)
         # The dict has compared already, but stops at the first difference.
         if entry is None or not hmac.compare_digest(entry.digest, digest):
             return None
         now = self._monotonic()
-        if now >= entry.deadline or (now >= self._cache.trusted_until and not self._cache.trusts(entry, now)):
+        if now >= entry.deadline or (now >= trusted_until and not self._cache.trusts(entry, now)):
             return None
         if entry.open and not needs:
             return entry.identity

@@ -118,12 +118,16 @@ class Cache:
 
     def trusts(self, entry: Entry, now: float) -> bool:
         """Tell whether an entry may be believed now: its key's and its machine's partitions are fresh."""
-        if now >= entry.deadline:
-            return False
-        if now < self.trusted_until:
-            return True
         trust = self._trust
-        return all(now < trust.get(partition, NEVER) for partition in entry.partitions)
+        return (
+            now < entry.deadline
+            and all(now < trust.get(partition, NEVER) for partition in entry.partitions)
+            and self._holds(entry)
+        )
+
+    def _holds(self, entry: Entry) -> bool:
+        """Tell whether an entry is still kept. Asked last: a reading evicts first, and renews trust last."""
+        return (self.entries.get(entry.digest) or self.unknown.get(entry.digest)) is entry
 
     def recall(self, digest: bytes, now: float) -> Entry | None:
         """Give what is believed of a key now, known or unknown."""
@@ -136,7 +140,7 @@ class Cache:
         if entry is None or entry.standing.reason is not None or now >= entry.expiry:
             return None
         known_at = [self._trust.get(partition, NEVER) - self._max_staleness for partition in entry.partitions]
-        return entry if all(now < at + max_age for at in known_at) else None
+        return entry if all(now < at + max_age for at in known_at) and self._holds(entry) else None
 
     def fill(
         self, digest: bytes, standing: Standing, record: Record | None, epochs: Mapping[int, Epoch],

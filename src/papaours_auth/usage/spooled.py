@@ -185,6 +185,8 @@ class Spooled:
     def batches(self, *, last: bool) -> Generator[Delivery]:
         """See `Keeper`: our sealed segments, then what dead producers left."""
         if last or not self._sealed:  # while the sink is away, segments are filled first
+            if not last:
+                self.tend()  # the thread that makes spares may be late: a segment is never sealed for want of one
             self._seal(last=last)
         yield from self._own(last=last)
         if self._spool is not None and not self._closed.is_set():
