@@ -73,11 +73,16 @@ class House:
         return {**self.environ, "DOOR": "wsgi" if wsgi else "asgi", "SPOOL": str(self.spool) if spool else ""}
 
     def drain(self) -> None:
-        """Deliver what dead processes left in the spool, as the next server would."""
+        """Deliver what dead processes left, as the next server would. A worker may take its time to die."""
         with Recorder(SQLiteSink(self.usage), spool=self.spool, interval=3600, segment_bytes=8192) as heir:
             heir.start()
-            heir.flush()
+            wait_until(
+                lambda: heir.flush() and not self._left(heir.producer), 30, what="the spool to be empty"
+            )
             assert not heir.health().error
+
+    def _left(self, heir: str) -> bool:
+        return any(not path.name.startswith(heir) for path in self.spool.iterdir())
 
     def stored(self) -> list[tuple[str, str, int]]:
         with closing(sqlite3.connect(self.usage)) as connection:
