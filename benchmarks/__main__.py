@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import time
 from importlib import import_module
 from typing import Final
@@ -38,6 +40,22 @@ def scale_of(name: str, scale: float, *, alone: bool) -> float:
     return scale if alone else scale * SHORTER.get(name, 1.0)
 
 
+def _apart(name: str, scale: float, *, no_write: bool) -> None:
+    """Run one in a process of its own: the memory that another has left behind is not its own."""
+    options = ["--no-write"] if no_write else []
+    subprocess.run([sys.executable, "-m", "benchmarks", name, "--scale", str(scale), *options], check=True)
+
+
+def _run(name: str, scale: float, *, no_write: bool) -> None:
+    begin = time.monotonic()
+    result = import_module(f"benchmarks.{name}").run(scale)
+    result.scale, result.seconds = scale, round(time.monotonic() - begin, 1)
+    show(result)
+    print(f"  ({result.seconds:.0f} s)", flush=True)
+    if not no_write:
+        write(result)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("name", nargs="*", help=f"of {', '.join(NAMES)}")
@@ -47,15 +65,13 @@ def main() -> int:
     unknown = set(arguments.name) - set(NAMES)
     if unknown:
         parser.error(f"no benchmark is called {', '.join(sorted(unknown))}: use {', '.join(NAMES)}")
-    for name in arguments.name or NAMES:
-        begin = time.monotonic()
+    names = arguments.name or NAMES
+    for name in names:
         scale = scale_of(name, arguments.scale, alone=bool(arguments.name))
-        result = import_module(f"benchmarks.{name}").run(scale)
-        result.scale, result.seconds = scale, round(time.monotonic() - begin, 1)
-        show(result)
-        print(f"  ({result.seconds:.0f} s)", flush=True)
-        if not arguments.no_write:
-            write(result)
+        if len(names) > 1:
+            _apart(name, scale, no_write=arguments.no_write)
+        else:
+            _run(name, scale, no_write=arguments.no_write)
     return 0
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -305,6 +307,61 @@ def test_an_entry_from_before_a_reading_is_not_believed_by_trust_from_after_it(
     assert found is None
     assert cache.trusted_until > now  # the reading did come in between
     assert digest not in cache.entries
+
+
+class Request:
+    """What a caller holds while it is refused."""
+
+
+@pytest.mark.parametrize(
+    "key", ["forged", "unknown", "inactive", "known, without the right", "while the store is away"]
+)
+def test_a_refusal_keeps_nothing_of_its_request(
+    key: str, door: Door, spy: Spy, admin: Keys, seed: str, ring: PepperRing
+) -> None:
+    """Not even until the collector comes by: a flood would hold its requests, and their keys, in memory."""
+    forged = KeyFormat().mint("prod", tag=lambda _: 7).reveal()
+    text = {"forged": forged, "unknown": STRANGER}.get(key, SEED)
+    if key == "inactive":
+        admin.disable_key(seed)
+    door.refresh()
+    if key == "while the store is away":
+        spy.on_lookup = away
+
+    authenticator, needs = door.authenticator, "contrats:suppression" if "right" in key else ()
+
+    def refused() -> weakref.ref[Request]:
+        request = Request()
+        assert isinstance(authenticator, Authenticator)
+        try:
+            authenticator.authenticate(text, needs=needs)
+        except Refused:
+            return weakref.ref(request)
+        pytest.fail("let in")
+
+    async def refused_async() -> weakref.ref[Request]:
+        request = Request()
+        assert isinstance(authenticator, AsyncAuthenticator)
+        try:
+            await authenticator.authenticate(text, needs=needs)
+        except Refused:
+            return weakref.ref(request)
+        pytest.fail("let in")
+
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):  # uncached, then cached where it can be
+            asked = (
+                asyncio.run(refused_async()) if isinstance(authenticator, AsyncAuthenticator) else refused()
+            )
+            assert asked() is None
+    finally:
+        gc.enable()
+
+
+def away(ask: Callable[[], Found]) -> Found:
+    raise StoreUnavailable("gone")
 
 
 # flights

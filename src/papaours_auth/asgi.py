@@ -107,9 +107,12 @@ class Guard:
             if self._passes(refused, scope):
                 return None
             judged = await self._judged(refused, scope)
-            if judged is refused:
-                raise
-            raise judged from refused
+            try:
+                if judged is refused:
+                    raise
+                raise judged from refused
+            finally:
+                del judged  # no cycle of an error and its frame
 
     async def _judged(self, refused: Refused, scope: Scope) -> Refused:
         if self.throttle is None:

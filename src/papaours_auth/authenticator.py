@@ -207,7 +207,10 @@ class _Engine(Generic[_F]):
     def _read(self, presented: bytes) -> Claim:
         claim = read(presented, format=self.format, peppers=self._ring)
         if isinstance(claim, Refused):
-            raise claim
+            try:
+                raise claim
+            finally:
+                del claim  # as below
         return claim
 
     def _settle(self, digest: bytes, claim: Claim, found: Found, sent: float) -> _Fetched | None:
@@ -371,7 +374,11 @@ class _Engine(Generic[_F]):
 def _let_in(entry: Entry, client: str | Address | None, needs: str | Sequence[str]) -> Identity:
     answer = admit(entry.standing, client=client, needs=needs)
     if isinstance(answer, Refused):
-        raise answer
+        try:
+            raise answer
+        finally:
+            # An error whose frame holds it is a cycle: it would keep the whole request until the collector comes by.
+            del answer
     return answer
 
 
@@ -491,6 +498,7 @@ class Authenticator(_Engine[_Flight]):
         finally:
             with self._starting:
                 self._land(digest, mine)
+            del mine  # which holds the error, see `_let_in`
 
     def _fetch(self, digest: bytes, claim: Claim, presented: bytes) -> _Fetched:
         for _ in range(_LOOKUPS):
@@ -610,6 +618,7 @@ class AsyncAuthenticator(_Engine["asyncio.Future[_Fetched | None]"]):
             if not flight.done():
                 flight.set_result(fetched)
             self._land(name, flight)
+            del flight  # which holds the error, see `_let_in`
         return fetched
 
     async def _fetch(self, digest: bytes, claim: Claim, presented: bytes) -> _Fetched:

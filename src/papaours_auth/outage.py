@@ -85,7 +85,7 @@ class Breaker:
         if not self.is_open:
             self.is_open = True
             self.outages += 1
-            logger.warning("the key store cannot be asked, so uncached calls meet 503: %s", error)
+            logger.warning("the key store cannot be asked, so uncached calls meet 503: %s", self.error)
 
     def __enter__(self) -> None:
         """Nothing to do: `check` was."""

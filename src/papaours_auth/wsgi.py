@@ -69,9 +69,12 @@ class Guard:
             if self._passes(refused, environ):
                 return None
             judged = self._judged(refused, environ)
-            if judged is refused:
-                raise
-            raise judged from refused
+            try:
+                if judged is refused:
+                    raise
+                raise judged from refused
+            finally:
+                del judged  # no cycle of an error and its frame
 
     def _judged(self, refused: Refused, environ: WSGIEnvironment) -> Refused:
         if self.throttle is None:
