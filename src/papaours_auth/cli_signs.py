@@ -12,13 +12,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Final, Literal
 
 from .cli import _SPAN, _UNITS, FINE, _command, _out, _say, _table, _time
+from .cli_usage import USAGE_VARIABLE, usage_url
 from .exceptions import ConfigurationError, InvalidInput
 from .usage.alerts import FOREVER, TITLES, Alert, Sign
 from .usage.sinks import open_sink
 from .usage.sqlite import SQLiteSink
 from .usage.watch import Watch
 
-USAGE_VARIABLE: Final = "PAPAOURS_USAGE"
 _EVERY: Final = 1.0  # seconds between two looks
 Wait = Callable[[float], object]
 
@@ -100,13 +100,7 @@ def _unmute(options: argparse.Namespace) -> int:
 
 
 def _watch(options: argparse.Namespace) -> Watch:
-    url = getattr(options, "usage_url", None) or os.environ.get(USAGE_VARIABLE)
-    if not url:
-        raise ConfigurationError(
-            f"no usage is named: set {USAGE_VARIABLE} to what your app records into (sqlite:///usage.db), or give "
-            "--usage"
-        )
-    sink = open_sink(url if "://" in url else f"sqlite:///{url}")
+    sink = open_sink(usage_url(options))
     if not isinstance(sink, SQLiteSink):
         raise ConfigurationError("signs are looked for in an SQLite usage file: sqlite:///usage.db")
     return Watch(sink.path, log=False)  # the app's log is the app's to fill

@@ -76,14 +76,19 @@ class _Estate:
         return {"key": key_id, "name": key.name, "status": key.status}
 
 
-def _usage(options: argparse.Namespace) -> Usage:
-    url = options.usage_url or os.environ.get(USAGE_VARIABLE)
+def usage_url(options: argparse.Namespace) -> str:
+    """Give where usage is: ``--usage`` or the environment; a path is a file. Raises `ConfigurationError`."""
+    url: str | None = getattr(options, "usage_url", None) or os.environ.get(USAGE_VARIABLE)
     if not url:
         raise ConfigurationError(
             f"no usage is named: set {USAGE_VARIABLE} to what your app records into (sqlite:///usage.db), or give "
             "--usage"
         )
-    return Usage(url if "://" in url else f"sqlite:///{url}")
+    return url if "://" in url else f"sqlite:///{url}"
+
+
+def _usage(options: argparse.Namespace) -> Usage:
+    return Usage(usage_url(options))
 
 
 def _moment(text: str) -> datetime:

@@ -11,7 +11,6 @@ import re
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final
 
 from sqlalchemy import (
@@ -27,7 +26,6 @@ from sqlalchemy import (
     SmallInteger,
     Table,
     Text,
-    func,
     insert,
     inspect,
     select,
@@ -39,6 +37,7 @@ from sqlalchemy.types import TypeEngine
 
 from ..exceptions import ConfigurationError
 from .records import journal_text, next_epoch
+from .sql_lock import Lock, alone
 
 logger = logging.getLogger("papaours_auth")
 
@@ -53,8 +52,7 @@ _NO_TRIGGER_RIGHT: Final = (
     1227,
     1419,
 )  # MySQL: no TRIGGER right, no SUPER, binary logging without trust
-_LOCK_NAME: Final = "papaours-auth schema"
-_LOCK_NUMBER: Final = 0x7061706F757273  # "papaours"
+_LOCK: Final = Lock("papaours-auth schema", 0x7061706F757273, "SQL store's")  # "papaours"
 
 
 def _exact(length: int) -> TypeEngine[str]:
@@ -197,30 +195,10 @@ def create(connection: Connection, tables: Tables) -> None:
 
     Safe with others doing the same, and after one that died in the middle.
     """
-    with _alone(connection):
+    with alone(connection, _LOCK, LOCK_SECONDS):
         tables.metadata.create_all(connection)
         _guard_journal(connection, tables)
         _mark(connection, tables)
-
-
-@contextmanager
-def _alone(connection: Connection) -> Iterator[None]:
-    """Hold a lock of the database's own: MySQL commits at each `create table`, so no transaction would do."""
-    name = connection.dialect.name
-    if name == "postgresql":
-        connection.execute(select(func.pg_advisory_xact_lock(_LOCK_NUMBER)))
-        yield  # given up with the transaction
-    elif name in ("mysql", "mariadb"):
-        if not connection.scalar(select(func.get_lock(_LOCK_NAME, LOCK_SECONDS))):
-            raise ConfigurationError("another process has been making the SQL store's tables for too long")
-        try:
-            yield
-            connection.commit()  # before the next one looks
-        finally:
-            connection.execute(select(func.release_lock(_LOCK_NAME)))
-    else:
-        connection.exec_driver_sql("begin immediate")
-        yield
 
 
 def _mark(connection: Connection, tables: Tables) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final
 
 from sqlalchemy import (
@@ -22,11 +21,10 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql
 from sqlalchemy.types import TypeEngine
 
-from ..exceptions import ConfigurationError
+from ..stores.sql_lock import Lock, alone
 from .layout import VERSION, newer
 
-_LOCK_NAME: Final = "papaours-auth usage schema"
-_LOCK_NUMBER: Final = 0x7061706F7575  # "papouu"
+_LOCK: Final = Lock("papaours-auth usage schema", 0x7061706F7575, "usage")
 _LOCK_SECONDS: Final = 30
 _ID: Final = BigInteger().with_variant(Integer, "sqlite")  # the one type SQLite counts up
 
@@ -142,7 +140,7 @@ class UsageTables:
 
 def prepare(connection: Connection, tables: UsageTables) -> None:
     """Make what is missing, safely with others doing the same. The caller commits. Raises `ConfigurationError`."""
-    with _alone(connection):
+    with alone(connection, _LOCK, _LOCK_SECONDS):
         tables.metadata.create_all(connection)
         if check_version(connection, tables) is None:
             connection.execute(insert(tables.version).values(version=VERSION))
@@ -154,23 +152,3 @@ def check_version(connection: Connection, tables: UsageTables) -> int | None:
     if found is not None and found > VERSION:
         raise newer()
     return found
-
-
-@contextmanager
-def _alone(connection: Connection) -> Iterator[None]:
-    """Hold a lock of the database's own: MySQL commits at each `create table`, so no transaction would do."""
-    name = connection.dialect.name
-    if name == "postgresql":
-        connection.execute(select(func.pg_advisory_xact_lock(_LOCK_NUMBER)))
-        yield  # given up with the transaction
-    elif name in ("mysql", "mariadb"):
-        if not connection.scalar(select(func.get_lock(_LOCK_NAME, _LOCK_SECONDS))):
-            raise ConfigurationError("another process has been making the usage tables for too long")
-        try:
-            yield
-            connection.commit()  # before the next one looks
-        finally:
-            connection.execute(select(func.release_lock(_LOCK_NAME)))
-    else:
-        connection.exec_driver_sql("begin immediate")
-        yield
