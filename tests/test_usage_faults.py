@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from support.counted import House, Load, Verdict, filled, small_disk, workers
+from support.counted import House, Load, Verdict, filled, signal_a_worker, small_disk
 from support.servers import Server, serving, stop, wait_until
 
 SCALE = float(os.environ.get("PAPAOURS_FAULT_SCALE", "0.1"))
@@ -55,7 +55,7 @@ def test_calls_answered_are_events_each_once(
         with load.driving(CALLS):
             for _ in range(2):
                 load.wait_for(CALLS // 4)
-                os.kill(workers(server.process.pid)[0], signal.SIGKILL)
+                signal_a_worker(server.process.pid, signal.SIGKILL)
         with ExitStack() as last:
             last.enter_context(load.driving(CALLS * 2))
             load.wait_for(CALLS // 2)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
-from support.counted import House, Load, Verdict, workers
+from support.counted import House, Load, Verdict, signal_a_worker, workers
 from support.servers import Server, serving, stop, wait_until
 
 FINE = Verdict(lost=0, doubled=0, wrong=0, invented=0)
@@ -92,7 +91,7 @@ def test_a_worker_that_ends_in_order_under_load_loses_nothing(name: str, tmp_pat
         wait_for_workers(server, name)
         with load.driving(CALLS * 4):
             load.wait_for(CALLS)
-            os.kill(workers(server.process.pid)[0], signal.SIGTERM)
+            signal_a_worker(server.process.pid, signal.SIGTERM)
         wait_for_workers(server, name)
     house.drain()
     assert load.judge(house.stored()) == FINE

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -21,7 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,6 +126,7 @@ class Load:
 
     def __init__(self, clients: list[Client]) -> None:
         self.port = 0
+        self.given_up = False
         self.answered: dict[str, tuple[str, int]] = {}
         self.unanswered: dict[str, str] = {}
         self._clients = clients
@@ -143,9 +145,14 @@ class Load:
         self._threads = [threading.Thread(target=_Caller(self, share).run) for _ in range(THREADS)]
         for thread in self._threads:
             thread.start()
-        yield
-        for thread in self._threads:
-            thread.join()
+        try:
+            yield
+        except BaseException:
+            self.given_up = True  # or they would call a server that is gone, into the next test
+            raise
+        finally:
+            for thread in self._threads:
+                thread.join()
 
     def wait_for(self, calls: int) -> None:
         """Wait until so many more calls are answered, or all are made."""
@@ -184,6 +191,8 @@ class _Caller:
     def run(self) -> None:
         for _ in range(self._calls):
             connection = self._socket or self._connect()
+            if connection is None:
+                return
             request, client, status = self._load.next()
             text = (
                 f"GET /s/{status} HTTP/1.1\r\nHost: localhost\r\nX-API-KEY: {client.text}\r\n"
@@ -204,15 +213,16 @@ class _Caller:
         if self._socket is not None:
             self._socket.close()
 
-    def _connect(self) -> socket.socket:
+    def _connect(self) -> socket.socket | None:
         deadline = time.monotonic() + WAIT
-        while True:
+        while not self._load.given_up:
             try:
                 return socket.create_connection(("127.0.0.1", self._load.port), timeout=WAIT)
             except OSError:  # no call: nothing was sent
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)
+        return None
 
 
 def _read_answer(connection: socket.socket) -> tuple[int, bool]:
@@ -238,13 +248,30 @@ def _some(connection: socket.socket) -> bytes:
 
 
 def workers(process: int) -> list[int]:
-    """Give the processes a server serves from."""
+    """Give the processes a server serves from: those that live, of which one may end before it is looked at."""
     listed = subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True, check=False)
-    found = [int(word) for word in listed.stdout.split()]
-    return [pid for pid in found if b"resource_tracker" not in _command(pid)]
+    commands = {int(word): _command(int(word)) for word in listed.stdout.split()}
+    return [pid for pid, command in commands.items() if command and b"resource_tracker" not in command]
+
+
+def signal_a_worker(process: int, number: signal.Signals) -> None:
+    """End one of a server's workers by a signal, and wait until it is gone. Others may end by themselves."""
+    ended = 0
+
+    def signalled() -> bool:
+        nonlocal ended
+        for ended in workers(process)[:1]:
+            with suppress(ProcessLookupError):
+                os.kill(ended, number)
+                return True
+        return False  # between two workers
+
+    wait_until(signalled, WAIT, what="a worker")
+    wait_until(lambda: ended not in workers(process), WAIT, what=f"worker {ended} to end")
 
 
 def _command(pid: int) -> bytes:
+    """Give what a process was started with; nothing for one that is gone, or dead and not yet buried."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
