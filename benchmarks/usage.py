@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from papaours_auth import AsyncAuthenticator, Authenticator, Identity, open_async_store, open_store
 from papaours_auth.asgi import PapaoursAuthMiddleware as ASGIMiddleware
-from papaours_auth.usage import Batch, Call, CallableSink, Outcome, Recorder
+from papaours_auth.usage import Batch, CallableSink, Outcome, Recorder, begin_call
 from papaours_auth.usage.sqlite import SQLiteSink
 from papaours_auth.wsgi import PapaoursAuthMiddleware as WSGIMiddleware
 
@@ -103,7 +103,7 @@ def verification(
 
     def recorded(recorder: Recorder) -> Callable[[], None]:
         def call() -> None:
-            made = Call(authenticator.authenticate(key), "192.0.2.7", "GET")
+            made = begin_call(authenticator.authenticate(key), "192.0.2.7", "GET")
             made.status = 200
             if recorder.spooled:
                 recorder.sent(made)
@@ -267,7 +267,7 @@ def serve(
     made = 0
     while (passed := time.monotonic() - begun) < seconds:
         while made < passed * rate:
-            call = Call(authenticate(), "192.0.2.7", "GET")
+            call = begin_call(authenticate(), "192.0.2.7", "GET")
             call.route = "/contracts"
             call.status = 200
             recorder.sent(call)

@@ -23,7 +23,7 @@ from papaours_auth.exceptions import ConfigurationError
 from papaours_auth.model import KeyInfo, MachineInfo
 from papaours_auth.stores.memory import AsyncMemoryStore, MemoryStore
 from papaours_auth.usage import Batch, CallableSink, Event, Recorder, Refusals, Tee
-from papaours_auth.usage.event import Call, Outcome
+from papaours_auth.usage.event import Outcome, begin_call
 from papaours_auth.usage.opentelemetry import OpenTelemetrySink
 from papaours_auth.usage.prometheus import PrometheusSink
 from papaours_auth.usage.sqlite import SQLiteSink
@@ -257,14 +257,14 @@ def test_a_recorders_own_numbers_are_told() -> None:
     metrics.watch(recorder)
     metered.sink.watch(recorder)
     for _ in range(2):
-        recorder.done(Call(CALLER, "192.0.2.7", "GET"), Outcome.COMPLETED)
+        recorder.done(begin_call(CALLER, "192.0.2.7", "GET"), Outcome.COMPLETED)
     assert not recorder.flush()
     assert prometheus(metrics)["papaours_usage_pending"] == {of(): 2}
     assert prometheus(metrics)["papaours_usage_sink_failures_total"][of()] >= 1
     is_down = False
     recorder.flush()
     recorder.close()
-    recorder.done(Call(CALLER, "192.0.2.7", "GET"), Outcome.COMPLETED)  # too late
+    recorder.done(begin_call(CALLER, "192.0.2.7", "GET"), Outcome.COMPLETED)  # too late
     found, told, stats = prometheus(metrics), metered.read(), recorder.stats()
     assert stats[:4] == (3, 2, 0, 1)
     for name in ("recorded", "delivered", "lost", "sink_failures"):
@@ -313,7 +313,7 @@ import os, threading, time
 from papaours_auth import Identity
 from papaours_auth.model import KeyInfo, MachineInfo
 from papaours_auth.usage import Batch, Event, Recorder
-from papaours_auth.usage.event import Call, Outcome
+from papaours_auth.usage.event import Outcome, begin_call
 from papaours_auth.usage.prometheus import PrometheusSink
 
 stop = threading.Event()
@@ -355,7 +355,7 @@ recorders = [Recorder(PrometheusSink(), interval=3600.0) for _ in range(4)]
 def busy(recorder):
     while not stop.is_set():
         for _ in range(200):
-            recorder.done(Call(caller, "192.0.2.7", "GET"), Outcome.COMPLETED)
+            recorder.done(begin_call(caller, "192.0.2.7", "GET"), Outcome.COMPLETED)
         recorder.flush()
 
 threads = [threading.Thread(target=busy, args=(recorder,)) for recorder in recorders]

@@ -19,7 +19,7 @@ from papaours_auth.asgi import PapaoursAuthMiddleware as ASGIMiddleware
 from papaours_auth.stores import open_async_store
 from papaours_auth.usage import CallableSink, Recorder
 from papaours_auth.wsgi import PapaoursAuthMiddleware as WSGIMiddleware
-from support.usage import SLOW, Kept
+from support.usage import SLOW, Kept, call
 
 
 class House(NamedTuple):
@@ -189,6 +189,27 @@ def test_a_wsgi_app_that_changes_its_mind_has_one_event_with_what_it_said_last(
     seen.recorder.close()
     events = [event for batch in seen.batches for event in batch.events]
     assert [(event.status, event.outcome) for event in events] == [(500, "completed")]
+
+
+def test_apps_that_share_a_recorder_close_it_with_the_last_of_them(house: House, kept: Kept) -> None:
+    async def run() -> None:
+        first, second = (
+            ASGIMiddleware(
+                asgi_app, environment="prod", store=house.url, peppers=house.peppers, usage=kept.recorder
+            )
+            for _ in range(2)
+        )
+        await first.start()
+        await second.start()
+        await first.aclose()
+        assert kept.recorder.health().running
+        call(kept.recorder)
+        await second.aclose()
+        assert not kept.recorder.health().running
+
+    asyncio.run(run())
+    assert len(kept.events()) == 1
+    assert not kept.recorder.stats().lost
 
 
 @DOORS

@@ -16,7 +16,7 @@ import pytest
 
 from papaours_auth.exceptions import ConfigurationError, InvalidInput, StoreUnavailable
 from papaours_auth.model import Key
-from papaours_auth.usage import Batch, Call, Event, Outcome, Recorder, Sink, open_sink
+from papaours_auth.usage import Batch, Event, Outcome, Recorder, Sink, begin_call, open_sink
 from papaours_auth.usage.history import Page
 from papaours_auth.usage.questions import AsyncUsage, Count, Usage, rotations
 from papaours_auth.usage.reader import Ask, Cell, Row, micro, moment, open_reader
@@ -412,7 +412,7 @@ def test_last_used_is_the_calls_own_time_and_at_most_two_intervals_behind(tmp_pa
         ended = []
         for number in range(3):
             began = datetime.now(UTC)
-            call = Call(CALLER, None, "GET")
+            call = begin_call(CALLER, None, "GET")
             made = datetime.now(UTC)
             call.status = 200
             recorder.sent(call)

@@ -22,7 +22,7 @@ import pytest
 
 from papaours_auth import Reason
 from papaours_auth.exceptions import ConfigurationError
-from papaours_auth.usage import Batch, Call, CallableSink, Health, Outcome, Recorder, open_sink
+from papaours_auth.usage import Batch, CallableSink, Health, Outcome, Recorder, begin_call, open_sink
 from papaours_auth.usage.event import body_of, event_from, event_of
 from papaours_auth.usage.recorder import _close
 from papaours_auth.usage.spool import EVENT, Segment, records
@@ -212,7 +212,7 @@ def test_refusals_of_nobody_are_counted_by_reason_and_network(
 def test_absurd_events_harm_nothing(make: Callable[..., Recorder], tmp_path: Path, text: str) -> None:
     path = tmp_path / "usage.db"
     with make(SQLiteSink(path)) as recorder:
-        made = Call(CALLER, text, text)
+        made = begin_call(CALLER, text, text)
         made.started = 1e30
         made.route = made.request_id = text
         made.status = 10**9
@@ -245,7 +245,7 @@ def test_old_events_go_and_a_batch_comes_once(tmp_path: Path) -> None:
     sink = SQLiteSink(tmp_path / "usage.db", retention=Retention(events=1, minute=1, hour=1, day=30))
     batches: list[Batch] = []
     with Recorder(CallableSink(batches.append), interval=SLOW) as recorder:
-        old = Call(CALLER, None, "GET")
+        old = begin_call(CALLER, None, "GET")
         old.started -= 86400.0 * 365
         recorder.done(old, Outcome.COMPLETED)
         call(recorder)
@@ -259,7 +259,7 @@ def test_more_old_events_than_go_at_once_go_with_the_next_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("papaours_auth.usage.sqlite._PRUNE_ROWS", 10)
-    sink, made = SQLiteSink(tmp_path / "usage.db"), Call(CALLER, None, "GET")
+    sink, made = SQLiteSink(tmp_path / "usage.db"), begin_call(CALLER, None, "GET")
     made.ended = made.started
     old = event_from(made, "e", -1e12, "")
     sink.write(Batch("p", 1, [old] * 25))
@@ -457,7 +457,7 @@ def test_absurd_values_of_any_type_harm_nothing(
 ) -> None:
     path = tmp_path / "usage.db"
     with make(SQLiteSink(path)) as recorder:
-        made = Call(CALLER, "192.0.2.7", "GET")
+        made = begin_call(CALLER, "192.0.2.7", "GET")
         setattr(made, field, value)
         recorder.sent(made)
         recorder.done(made, Outcome.COMPLETED)
@@ -474,7 +474,7 @@ class Evil:
 def test_what_cannot_even_be_told_is_one_event_lost(make: Callable[..., Recorder], tmp_path: Path) -> None:
     path = tmp_path / "usage.db"
     with make(SQLiteSink(path)) as recorder:
-        made = Call(CALLER, "192.0.2.7", "GET")
+        made = begin_call(CALLER, "192.0.2.7", "GET")
         made.route = Evil()  # type: ignore[assignment]  # that is the point
         recorder.sent(made)
         recorder.done(made, Outcome.COMPLETED)
@@ -574,7 +574,7 @@ def test_a_recorder_that_is_gone_is_neither_started_nor_closed(make: Callable[..
     done, reference = recorder.done, weakref.ref(recorder)
     del recorder
     gc.collect()
-    done(Call(CALLER, None, "GET"), Outcome.COMPLETED)
+    done(begin_call(CALLER, None, "GET"), Outcome.COMPLETED)
     _close(reference)
     assert reference() is None
 
@@ -606,6 +606,6 @@ def test_refusals_that_do_not_fit_a_full_spool_are_counted_lost(tmp_path: Path) 
 
 
 def test_a_damaged_outcome_leaves_the_rest_of_the_event(tmp_path: Path) -> None:
-    event = event_of("e", b"\xff" * 8, body_of(Call(CALLER, "192.0.2.7", "GET"), 0.0, ""))
+    event = event_of("e", b"\xff" * 8, body_of(begin_call(CALLER, "192.0.2.7", "GET"), 0.0, ""))
     assert event is not None
     assert (event.status, event.outcome, event.key_id) == (0, "started", "key-1")

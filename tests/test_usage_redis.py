@@ -24,7 +24,7 @@ from papaours_auth.stores.memory import AsyncMemoryStore, MemoryStore
 from papaours_auth.stores.redis_wire import Link, connect
 from papaours_auth.usage import Batch, CallableSink, Event, Recorder, Refusals, Tee, open_sink
 from papaours_auth.usage import redis as usage_redis
-from papaours_auth.usage.event import Call, Outcome
+from papaours_auth.usage.event import Outcome, begin_call
 from papaours_auth.usage.redis import AsyncRedisUsage, RedisSink, RedisUsage
 from papaours_auth.usage.sqlite import Retention
 from papaours_auth.wsgi import PapaoursAuthMiddleware as WSGIMiddleware
@@ -382,7 +382,7 @@ def test_a_recorder_delivers_each_call_once_through_a_killed_server(own: House) 
         if round_ == 1:
             own.servers[0].kill()
         for _ in range(50):
-            call = Call(CALLER, "192.0.2.7", "GET")
+            call = begin_call(CALLER, "192.0.2.7", "GET")
             call.status = 200
             recorder.sent(call)
             recorder.done(call, Outcome.COMPLETED)
@@ -416,7 +416,7 @@ def test_a_process_killed_after_the_commit_leaves_its_heir_nothing_to_double(
             recorder._keeper.tend()
             recorder._keeper.idle = False  # no thread: it would deliver what there is so far
             for _ in range(100):
-                call = Call(CALLER, "192.0.2.7", "GET")
+                call = begin_call(CALLER, "192.0.2.7", "GET")
                 call.status = 200
                 recorder.sent(call)
                 recorder.done(call, Outcome.COMPLETED)

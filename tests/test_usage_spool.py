@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from papaours_auth.exceptions import ConfigurationError
-from papaours_auth.usage import Batch, Call, CallableSink, Outcome, Recorder
+from papaours_auth.usage import Batch, CallableSink, Outcome, Recorder, begin_call
 from papaours_auth.usage.event import body_of, started_cell
 from papaours_auth.usage.spool import (
     EVENT,
@@ -54,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir(0o700)
     (folder / f"{DEAD}.lock").touch()
     segment = Segment(folder / f"{DEAD}.{5:012d}", 5, 8192)
-    made = Call(CALLER, None, "GET")
+    made = begin_call(CALLER, None, "GET")
     segment.append(EVENT, started_cell(205), body_of(made, 1e9, ""))
     segment.close()
     return folder

@@ -26,7 +26,7 @@ from .exceptions import ConfigurationError, Reason, Refused, StoreUnavailable
 from .http import Gate, credentials, join_headers, render
 from .model import Identity
 from .stores import AsyncStore
-from .usage import Call, Outcome, Recorder
+from .usage import Call, Outcome, Recorder, begin_call
 
 # Any: ASGI messages are dictionaries of whatever their type says (asgiref has no better type either).
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -89,14 +89,14 @@ class Guard:
         except StoreUnavailable as error:
             logger.warning("starting although the key store cannot answer, so calls meet 503: %s", error)
         if self.recorder is not None:
-            await asyncio.to_thread(self.recorder.start)
+            await asyncio.to_thread(self.recorder.acquire)
 
     async def aclose(self) -> None:
         """Close the authenticator, unless it was given ready, and deliver what was recorded."""
         if self._owned:
             await self.authenticator.aclose()
         if self.recorder is not None:
-            await asyncio.to_thread(self.recorder.close)
+            await asyncio.to_thread(self.recorder.release)
 
     async def identify(self, scope: Scope) -> Identity | None:
         """Give who calls; None where a request may pass without a key. Raises `Refused`."""
@@ -153,11 +153,11 @@ class Guard:
         if refused.known is None:
             recorder.refused(refused.reason, client)
             return None
-        return Call(refused.known, client, scope.get("method", "WEBSOCKET"), refused.reason.value)
+        return begin_call(refused.known, client, scope.get("method", "WEBSOCKET"), refused.reason.value)
 
     def accepted(self, identity: Identity, scope: Scope) -> Call:
         """Give the call of whom an integration let in."""
-        return Call(identity, self._client(scope), scope.get("method", "WEBSOCKET"))
+        return begin_call(identity, self._client(scope), scope.get("method", "WEBSOCKET"))
 
     def recorded(self, send: Send, call: Call, scope: Scope, recorder: Recorder) -> Send:
         """Give a `send` that notes how the answer goes, and does what `private` does: one wrapper, not two."""
@@ -252,7 +252,7 @@ class PapaoursAuthMiddleware(Guard):
             await self.app(scope, receive, private(send))
             return
         scope[RECORDED] = True
-        call = Call(identity, client, scope.get("method", "WEBSOCKET"))
+        call = begin_call(identity, client, scope.get("method", "WEBSOCKET"))
         # Not a coroutine of ours: only the frame that is here anyway sees how the app ended.
         try:
             await self.app(scope, receive, self.recorded(send, call, scope, self.recorder))

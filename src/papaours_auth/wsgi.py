@@ -15,7 +15,7 @@ from .exceptions import ConfigurationError, Reason, Refused, StoreUnavailable
 from .http import Gate, credentials, render
 from .model import Identity
 from .stores import Store
-from .usage import Call, Outcome, Recorder
+from .usage import Call, Outcome, Recorder, begin_call
 
 logger = logging.getLogger("papaours_auth")
 # Bound once: to name a member of an enum costs 100 ns.
@@ -130,7 +130,7 @@ class PapaoursAuthMiddleware(Guard):
             return self.app(environ, start_response)
         if self.recorder is None:
             return self.app(environ, private(start_response))
-        call = Call(identity, self._client(environ), environ["REQUEST_METHOD"])
+        call = begin_call(identity, self._client(environ), environ["REQUEST_METHOD"])
         return _Recording(self.recorder, call, environ, self.mark).run(self.app, start_response)
 
     def _refuse(
@@ -142,7 +142,7 @@ class PapaoursAuthMiddleware(Guard):
         if refused.known is None:
             self.recorder.refused(refused.reason, client)
             return respond(refused, environ, start_response)
-        call = Call(refused.known, client, environ["REQUEST_METHOD"], refused.reason.value)
+        call = begin_call(refused.known, client, environ["REQUEST_METHOD"], refused.reason.value)
         recording = _Recording(self.recorder, call, environ, self.mark)
         return recording.run(lambda environ, start: respond(refused, environ, start), start_response)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from papaours_auth import Identity
 from papaours_auth.model import KeyInfo, MachineInfo
-from papaours_auth.usage import Batch, Call, CallableSink, Event, Outcome, Recorder
+from papaours_auth.usage import Batch, Call, CallableSink, Event, Outcome, Recorder, begin_call
 from papaours_auth.usage.sqlite import SQLiteSink
 
 CALLER = Identity(
@@ -33,7 +33,7 @@ def rows(
 
 
 def call(recorder: Recorder, status: int = 200, *, route: str = "/contracts", end: bool = True) -> Call:
-    made = Call(CALLER, "192.0.2.7", "GET")
+    made = begin_call(CALLER, "192.0.2.7", "GET")
     made.route = route
     made.status = status
     recorder.sent(made)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .alerts import Alert, Sign
-from .event import Call, Event, Outcome, Refusals
+from .event import Call, Event, Outcome, Refusals, begin_call
 from .recorder import Health, Recorder, Stats
 from .sinks import Batch, CallableSink, Sink, Tee, open_sink
 
@@ -21,5 +21,6 @@ __all__ = [
     "Sink",
     "Stats",
     "Tee",
+    "begin_call",
     "open_sink",
 ]

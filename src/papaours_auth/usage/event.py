@@ -67,9 +67,9 @@ class Refusals(NamedTuple):
 
 
 class Call:
-    """A call under way: filled in by a middleware, and read when it has ended. Its times are monotonic seconds.
+    """A call under way: begun by `begin_call`, filled in by a middleware, and read when it has ended.
 
-    Slots and one clock reading: half of what recording costs a request is the making of this.
+    Its times are monotonic seconds. Slots: half of what recording costs a request is the making of this.
     """
 
     __slots__ = (
@@ -77,18 +77,32 @@ class Call:
         "started", "status",
     )  # fmt: skip
 
+    identity: Identity
+    address: str | None
+    method: str
+    reason: str
+    route: str
+    request_id: str
+    status: int
+    outcome: Outcome
+    started: float
     ended: float
     segment: Segment
+    place: int  # in its segment, set with it
 
-    def __init__(self, identity: Identity, address: str | None, method: str, reason: str = "") -> None:
-        self.identity = identity
-        self.address = address
-        self.method = method
-        self.reason = reason
-        self.route = self.request_id = ""
-        self.status = self.place = 0  # the place in its segment, which is set with it
-        self.outcome = _STARTED
-        self.started = _monotonic()
+
+def begin_call(identity: Identity, address: str | None, method: str, reason: str = "") -> Call:
+    """Begin a call, now. A function: an ``__init__`` costs 50 ns of 340 more, as CPython 3.11 calls it from C."""
+    call = Call()
+    call.identity = identity
+    call.address = address
+    call.method = method
+    call.reason = reason
+    call.route = call.request_id = ""
+    call.status = call.place = 0
+    call.outcome = _STARTED
+    call.started = _monotonic()
+    return call
 
 
 def clean(text: object, bound: int = _ID) -> str:

@@ -102,6 +102,7 @@ class Recorder:
         self.spooled = self._spool is not None
         if self._spool is not None:
             check_folder(self._spool.folder)
+        self._users = 0
         self._begin()
         hold_across_fork(self, first=True)  # a sink under way needs its own locks to end
 
@@ -143,6 +144,20 @@ class Recorder:
             self._keeper.tend()
             self._keeper.idle = False
             self._courier.start()
+
+    def acquire(self) -> None:
+        """Start for one of several apps that share this recorder."""
+        with self._starting:
+            self._users += 1
+        self.start()
+
+    def release(self, timeout: float = 5.0) -> None:
+        """End for one of them: the last one closes it."""
+        with self._starting:
+            self._users = max(0, self._users - 1)
+            last = not self._users
+        if last:
+            self.close(timeout)
 
     def flush(self) -> bool:
         """Deliver what there is, in this thread; false where the sink did not take all. Waits for the sink."""
@@ -196,6 +211,7 @@ class Recorder:
         self._keeper.after_fork(child=child)
         self._courier.after_fork()
         if child:
+            self._users = 0
             self._begin()
 
 
