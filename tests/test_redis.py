@@ -45,7 +45,7 @@ from papaours_auth.stores.redis import RedisStore
 from papaours_auth.stores.redis import open_store as open_redis
 from papaours_auth.stores.redis_place import Node, place_of
 from papaours_auth.stores.redis_router import Ask, Router, Unreachable
-from papaours_auth.stores.redis_wire import _async_exchanged, _exchanged, connect, unreachable
+from papaours_auth.stores.redis_wire import _async_exchanged, _exchanged, _Loop, connect, unreachable
 from papaours_auth.testing import StoreContract
 from papaours_auth.verify import Claim, read
 from support.redis_servers import (
@@ -522,8 +522,15 @@ class Pieces:
     async def read(self, size: int) -> bytes:
         return self.recv(size)
 
+    def exception(self) -> None:
+        """Tell what is wrong with it, as a `StreamReader` does."""
+
     def disconnect(self) -> None:
         self.open = False
+
+
+async def async_exchanged(link: Pieces) -> bytes | None:
+    return await _async_exchanged(_Loop(1, 5.0), cast("Any", link), b"ask")
 
 
 @pytest.mark.parametrize(("reply", "wanted"), REPLIES)
@@ -534,7 +541,7 @@ def test_a_lookups_reply_is_read_to_its_end_in_however_many_pieces(
         for pieces in ((reply[:cut], reply[cut:]), (*(reply[at : at + 1] for at in range(len(reply))),)):
             link, twin = Pieces(*pieces), Pieces(*pieces)
             assert _exchanged(cast("Any", link), b"ask") == wanted  # Any: as much of a link as is used
-            assert asyncio.run(_async_exchanged(cast("Any", twin), b"ask")) == wanted
+            assert asyncio.run(async_exchanged(twin)) == wanted
             assert (link.pieces, link.sent, link.open, twin.pieces, twin.sent) == (
                 [],
                 b"ask",
@@ -553,14 +560,48 @@ def test_a_reply_that_breaks_off_is_no_answer_and_its_connection_is_not_used_aga
         _exchanged(cast("Any", link), b"ask")
     assert not link.open
     with pytest.raises(ConnectionResetError):
-        asyncio.run(_async_exchanged(cast("Any", Pieces(*pieces)), b"ask"))
+        asyncio.run(async_exchanged(Pieces(*pieces)))
+
+
+def test_replies_that_do_not_come_end_each_at_its_own_time() -> None:
+    async def run() -> None:
+        mine, loop = _Loop(3, 0.05), asyncio.get_running_loop()
+
+        async def late() -> float:
+            reader, begun = asyncio.StreamReader(), loop.time()
+            with pytest.raises(TimeoutError), mine.bounded(reader):
+                await reader.read(1)
+            return loop.time() - begun
+
+        first = asyncio.create_task(late())
+        await asyncio.sleep(0.02)  # so that their times differ
+        second = asyncio.create_task(late())
+        answered = asyncio.StreamReader()
+        with mine.bounded(answered):
+            answered.feed_data(b"+OK")
+            assert await answered.read(3) == b"+OK"
+        assert min(await first, await second) >= 0.05
+        assert answered.exception() is None
+        assert await late() >= 0.05, "after a pause"
+
+    asyncio.run(run())
+
+
+def test_a_reply_at_the_end_of_its_time_is_none_as_its_connection_reads_nothing_more() -> None:
+    async def run() -> None:
+        mine, reader = _Loop(1, 0.0), asyncio.StreamReader()
+        with pytest.raises(TimeoutError), mine.bounded(reader):
+            asyncio.get_running_loop().call_soon(reader.feed_data, b"+OK")
+            assert await reader.read(3) == b"+OK"
+
+    asyncio.run(run())
 
 
 def test_a_redis_py_that_hides_its_socket_is_asked_in_its_own_way(house: House) -> None:
     hidden = Pieces()
     del hidden._sock, hidden._reader, hidden._writer
     assert _exchanged(cast("Any", hidden), b"ask") is None
-    assert asyncio.run(_async_exchanged(cast("Any", hidden), b"ask")) is None
+    assert asyncio.run(async_exchanged(hidden)) is None
     assert hidden.sent == b""
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import ssl
 import threading
-from collections.abc import AsyncGenerator, Iterable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from socket import socket
 from typing import Any, Final, Protocol, TypeAlias, TypeVar, cast
@@ -319,10 +319,45 @@ class _AsyncLink(Protocol):
 class _Loop:
     """The connections of one event loop."""
 
-    def __init__(self, connections: int) -> None:
+    def __init__(self, connections: int, timeout: float) -> None:
         self.room = asyncio.Semaphore(connections)
         self.idle: dict[Node, list[_AsyncLink]] = {}
         self.guard: AsyncGenerator[None, None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._timeout = timeout
+        self._ends: dict[asyncio.StreamReader, float] = {}  # the earliest first: all wait equally long
+        self._alarm: asyncio.TimerHandle | None = None
+
+    @contextmanager
+    def bounded(self, reader: asyncio.StreamReader) -> Iterator[None]:
+        """Have reads of a reply end in time, by `TimeoutError`.
+
+        One timer for all that wait: an `asyncio.timeout` for each takes 5 µs (of 100) more.
+        """
+        self._ends[reader] = end = self._loop.time() + self._timeout
+        if self._alarm is None:
+            self._alarm = self._loop.call_at(end, self._look)
+        try:
+            yield
+            if reader.exception() is not None:  # its time ended as the reply came: it reads nothing any more
+                raise TimeoutError
+        finally:
+            del self._ends[reader]
+
+    def close(self) -> None:
+        """Wait for nothing any more."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        for reader, end in self._ends.items():
+            if end > now:
+                self._alarm = self._loop.call_at(end, self._look)
+                return
+            if reader.exception() is None:
+                reader.set_exception(TimeoutError())
+        self._alarm = None
 
     async def discard(self, node: Node | None = None) -> None:
         nodes = list(self.idle) if node is None else [node]
@@ -363,20 +398,17 @@ class AsyncWire:
         mine = self._loops.get(asyncio.get_running_loop())
         if mine is None or not mine.idle.get(node) or mine.room.locked():
             return None
-        try:
-            async with asyncio.timeout(self._place.timeout), mine.room:
-                return await self._exchange_at_once(mine, node, packed)
-        except TimeoutError as error:
-            raise unreachable(node, error, sent=True) from error
+        async with mine.room:
+            return await self._exchange_at_once(mine, node, packed)
 
     async def _exchange_at_once(self, mine: _Loop, node: Node, packed: bytes) -> bytes | None:
         link = mine.idle[node].pop()
         done = False
         try:
-            found = await _async_exchanged(link, packed)
+            found = await _async_exchanged(mine, link, packed)
             done = True
-        except TimeoutError:
-            raise
+        except TimeoutError as error:
+            raise unreachable(node, error, sent=True) from error
         except (RedisError, OSError):
             await mine.discard(node)
             return None
@@ -439,7 +471,7 @@ class AsyncWire:
 
     async def _open(self) -> _Loop:
         loop = asyncio.get_running_loop()
-        mine = self._loops[loop] = _Loop(self._place.connections)
+        mine = self._loops[loop] = _Loop(self._place.connections, self._place.timeout)
         mine.guard = self._guarding(loop, mine)
         await anext(mine.guard)
         return mine
@@ -449,6 +481,7 @@ class AsyncWire:
             yield
         finally:
             self._loops.pop(loop, None)
+            mine.close()
             await mine.discard()
 
     async def aclose(self) -> None:
@@ -482,16 +515,17 @@ async def _converse(link: _AsyncLink, commands: Iterable[Command]) -> list[Any]:
     return replies
 
 
-async def _async_exchanged(link: _AsyncLink, packed: bytes) -> bytes | None:
+async def _async_exchanged(mine: _Loop, link: _AsyncLink, packed: bytes) -> bytes | None:
     """See `_exchanged`. The caller hangs up where this is broken off."""
     reader: asyncio.StreamReader | None = getattr(link, "_reader", None)
     writer: asyncio.StreamWriter | None = getattr(link, "_writer", None)
     if reader is None or writer is None:
         return None
-    writer.write(packed)  # no drain: some 300 bytes, and the reply is waited for
-    data = _more(await reader.read(_CHUNK))
-    while not _is_whole(data):
-        data += _more(await reader.read(_CHUNK))
+    with mine.bounded(reader):
+        writer.write(packed)  # no drain: some 300 bytes, and the reply is waited for
+        data = _more(await reader.read(_CHUNK))
+        while not _is_whole(data):
+            data += _more(await reader.read(_CHUNK))
     return _string_in(data)
 
 
