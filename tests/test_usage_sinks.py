@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,7 +18,7 @@ from papaours_auth.exceptions import ConfigurationError, StoreUnavailable
 from papaours_auth.testing import SinkContract
 from papaours_auth.usage import Batch, Event, Refusals, Sink, open_sink, rollup
 from papaours_auth.usage.questions import Usage
-from papaours_auth.usage.rollup import DAY, HOUR, OTHER, SECOND, Retention, Tally
+from papaours_auth.usage.rollup import DAY, HOUR, OTHER, SECOND, Bucket, Retention, Tally
 from papaours_auth.usage.sql import SQLReader, SQLSink
 from papaours_auth.usage.sqlite import SQLiteSink
 from support.sql_servers import SQLServer
@@ -230,23 +231,28 @@ def test_the_most_called_of_what_is_new_is_kept_first() -> None:
 
 
 def test_what_has_a_row_is_asked_for_once_and_again_where_something_is_new() -> None:
-    asked: list[str] = []
+    asked: list[list[Bucket]] = []
+    rows = {"k": {"/a", "/b"}, "l": {"/a"}}
 
-    def read(*found: str) -> Callable[[], set[str]]:
-        def rows() -> set[str]:
-            asked.append(found[0])
-            return set(found)
+    def among(known: rollup.Known, **wanted: str) -> dict[str, AbstractSet[str]]:
+        def read(places: Sequence[Bucket]) -> Iterator[tuple[Bucket, str]]:
+            asked.append(list(places))
+            return ((place, value) for place in places for value in rows.get(place[0], ()))
 
-        return rows
+        values: dict[Bucket, dict[str, Tally]] = {
+            (key, "hour", 0): {value: Tally(1, 1)} for key, value in wanted.items()
+        }
+        return {key: found for (key, *_), found in known.among("route", values, read).items()}
 
-    known, one = rollup.Known(most=2), {"/a": Tally(1, 1)}
-    assert known.among(("k",), one, read("/a", "/b")) == {"/a", "/b"}
-    assert known.among(("k",), {**one, "/b": Tally(1, 1)}, read("/c")) == {"/a", "/b"}
-    assert known.among(("k",), {"/c": Tally(1, 1)}, read("/c")) == {"/c"}
-    assert asked == ["/a", "/c"]
-    for number in range(10):
-        known.among((str(number),), one, read("/a"))
-    assert len(known._found) <= 2
+    known = rollup.Known(most=10)
+    assert among(known, k="/a", l="/a") == {"k": {"/a", "/b"}, "l": {"/a"}}
+    assert among(known, k="/b", l="/a") == {"k": {"/a", "/b"}, "l": {"/a"}}
+    rows["k"] = {"/a", "/b", "/c"}
+    assert among(known, k="/c", l="/a") == {"k": {"/a", "/b", "/c"}, "l": {"/a"}}
+    assert asked == [[("k", "hour", 0), ("l", "hour", 0)], [("k", "hour", 0)]]
+    for number in range(100):
+        among(known, **{f"key_{number}": "/a"})
+        assert sum(1 + len(values) for values in known._found.values()) == known._held <= 10
 
 
 # tables of another version

@@ -18,7 +18,6 @@ from sqlalchemy import (
     Connection,
     Engine,
     Insert,
-    Select,
     Table,
     bindparam,
     column,
@@ -39,7 +38,7 @@ from ..stores.sql_drivers import Place, read_url
 from . import rollup
 from .event import Event
 from .reader import Ask, Cell, Row
-from .rollup import MOST_DISTINCT, MOST_NETWORKS, Column, Expired, Known, Retention
+from .rollup import MOST_DISTINCT, MOST_NETWORKS, Bucket, Column, Counted, Expired, Known, Retention
 from .sinks import Batch
 from .sql_tables import UsageTables, check_version, prepare
 
@@ -296,16 +295,28 @@ def _copy(connection: Connection, table: Table, events: Sequence[Event]) -> None
 def _counts(
     connection: Connection, table: Table, batch: Batch, column: Column, known: Known
 ) -> Iterator[Row]:
-    for (key, step, start), values in rollup.tallies(batch.events, column).items():
-        mine = table.c.key_id == key, table.c.step == step, table.c.start == start
-        rows = select(table.c[column]).where(*mine)
+    wanted = rollup.tallies(batch.events, column)
+    here = known.among(column, wanted, lambda places: _read(connection, table, column, places))
+    for place, values in wanted.items():
+        for value, tally in rollup.capped(values, here[place], MOST_DISTINCT[place[1]]).items():
+            yield *place, value, *tally
 
-        def read(rows: Select[Any] = rows) -> set[str]:
-            return set(connection.scalars(rows))
 
-        here = known.among((column, key, step, str(start)), values, read)
-        for value, tally in rollup.capped(values, here, MOST_DISTINCT[step]).items():
-            yield key, step, start, value, *tally
+def _read(
+    connection: Connection, table: Table, column: Column, places: Sequence[Bucket]
+) -> Iterator[tuple[Bucket, str]]:
+    """Read a column's values: a statement for each start, of which a batch has few, and so many keys."""
+    keys: dict[tuple[Counted, int], list[str]] = {}
+    for key, step, start in places:
+        keys.setdefault((step, start), []).append(key)
+    for (step, start), found in keys.items():
+        for first in range(0, len(found), _CHUNK):
+            of_these = table.c.key_id.in_(found[first : first + _CHUNK])
+            rows = select(table.c.key_id, table.c[column]).where(
+                of_these, table.c.step == step, table.c.start == start
+            )
+            for key, value in connection.execute(rows):
+                yield (key, step, start), value
 
 
 def _refusals(connection: Connection, table: Table, batch: Batch) -> Iterator[Row]:

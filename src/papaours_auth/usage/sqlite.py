@@ -18,7 +18,7 @@ from ..exceptions import StoreUnavailable
 from . import rollup
 from .layout import IDENTITY, VERSION, newer, prepare, transaction, version_of
 from .reader import Ask, Cell, Row
-from .rollup import MOST_DISTINCT, MOST_NETWORKS, Column, Expired, Known, Retention
+from .rollup import MOST_DISTINCT, MOST_NETWORKS, Bucket, Column, Expired, Known, Retention
 from .sinks import Batch
 
 __all__ = ["Retention", "SQLiteReader", "SQLiteSink"]
@@ -135,15 +135,14 @@ def _store(connection: sqlite3.Connection, batch: Batch, known: Known) -> None:
 def _counts(
     connection: sqlite3.Connection, batch: Batch, column: Column, known: Known
 ) -> Iterator[tuple[Cell, ...]]:
-    for place, values in rollup.tallies(batch.events, column).items():
-        key, step, start = place
+    def read(places: Sequence[Bucket]) -> Iterator[tuple[Bucket, str]]:
+        return ((place, value) for place in places for (value,) in connection.execute(_KNOWN[column], place))
 
-        def read(place: tuple[str, str, int] = place) -> set[str]:
-            return {value for (value,) in connection.execute(_KNOWN[column], place)}
-
-        here = known.among((column, key, step, str(start)), values, read)
-        for value, tally in rollup.capped(values, here, MOST_DISTINCT[step]).items():
-            yield key, step, start, value, *tally
+    wanted = rollup.tallies(batch.events, column)
+    here = known.among(column, wanted, read)
+    for place, values in wanted.items():
+        for value, tally in rollup.capped(values, here[place], MOST_DISTINCT[place[1]]).items():
+            yield *place, value, *tally
 
 
 def _store_refusals(connection: sqlite3.Connection, batch: Batch) -> None:
