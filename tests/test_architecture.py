@@ -74,7 +74,15 @@ LAYERS = [
         "usage/tally.py",
         "usage/watch.py",
     },
-    {"outage.py", "authenticator.py", "keys.py", "testing.py", "throttle.py", "throttle_storage.py"},
+    {
+        "outage.py",
+        "authenticator.py",
+        "keys.py",
+        "testing.py",
+        "throttle.py",
+        "throttle_redis.py",
+        "throttle_storage.py",
+    },
     {"__init__.py", "_middleware.py"},
     {"asgi.py", "wsgi.py"},
     {
