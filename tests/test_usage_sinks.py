@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -16,12 +17,13 @@ from sqlalchemy import Engine, create_engine, text
 
 from papaours_auth.exceptions import ConfigurationError, StoreUnavailable
 from papaours_auth.testing import SinkContract
-from papaours_auth.usage import Batch, Event, Refusals, Sink, open_sink, rollup
+from papaours_auth.usage import Batch, Event, Recorder, Refusals, Sink, open_sink, rollup
 from papaours_auth.usage.questions import Usage
 from papaours_auth.usage.rollup import DAY, HOUR, OTHER, SECOND, Bucket, Retention, Tally
 from papaours_auth.usage.sql import SQLReader, SQLSink
 from papaours_auth.usage.sqlite import SQLiteSink
 from support.sql_servers import SQLServer
+from support.usage import call
 
 NOW = time.time_ns() // 1000
 TODAY = NOW // DAY * DAY
@@ -253,6 +255,90 @@ def test_what_has_a_row_is_asked_for_once_and_again_where_something_is_new() -> 
     for number in range(100):
         among(known, **{f"key_{number}": "/a"})
         assert sum(1 + len(values) for values in known._found.values()) == known._held <= 10
+
+
+# the connection to a file
+
+
+def kept(path: Path) -> list[str]:
+    with closing(sqlite3.connect(path)) as connection:
+        return [row[0] for row in connection.execute("select producer from usage_batches order by 1")]
+
+
+def test_a_file_is_opened_once_until_the_sink_is_closed(tmp_path: Path) -> None:
+    sink, path = SQLiteSink(tmp_path / "usage.db"), tmp_path / "usage.db"
+    sink.write(Batch("a", 1, [event()]))
+    ((connection, _),) = sink._idle
+    thread = threading.Thread(target=sink.write, args=(Batch("b", 1, [event()]),))
+    thread.start()
+    thread.join()
+    assert [held for held, _ in sink._idle] == [connection]
+    assert path.with_name("usage.db-wal").exists()
+    sink.close()
+    assert not path.with_name("usage.db-wal").exists()  # nobody has it open
+    sink.write(Batch("c", 1, [event()]))
+    assert kept(path) == ["a", "b", "c"]
+
+
+def test_a_recorder_closes_the_file_that_it_opened(tmp_path: Path) -> None:
+    with Recorder(f"sqlite:///{tmp_path}/usage.db") as recorder:
+        call(recorder)
+        assert recorder.flush()
+        assert (tmp_path / "usage.db-wal").exists()
+    assert not (tmp_path / "usage.db-wal").exists()
+    recorder.start()
+    call(recorder)
+    recorder.close()
+    assert recorder.stats().delivered == 1
+    assert len(Usage(tmp_path / "usage.db").history()) == 2
+
+
+def test_a_file_that_was_removed_or_replaced_is_written_anew(tmp_path: Path) -> None:
+    path = tmp_path / "usage.db"
+    sink, other = SQLiteSink(path), SQLiteSink(tmp_path / "other.db")
+    sink.write(Batch("a", 1, [event()]))
+    for part in tmp_path.glob("usage.db*"):
+        part.unlink()
+    sink.write(Batch("b", 1, [event()]))
+    assert kept(path) == ["b"]
+    assert path.stat().st_mode & 0o777 == 0o600
+    other.write(Batch("c", 1, [event()]))
+    other.close()
+    for part in tmp_path.glob("usage.db-*"):
+        part.unlink()
+    (tmp_path / "other.db").replace(path)
+    sink.write(Batch("d", 1, [event()]))
+    assert kept(path) == ["c", "d"]
+
+
+def test_after_an_error_the_file_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = SQLiteSink(tmp_path / "usage.db")
+    sink.write(Batch("a", 1, [event()]))
+    ((connection, _),) = sink._idle
+    with monkeypatch.context() as patch:
+        patch.setattr("papaours_auth.usage.sqlite._KNOWN", {"route": "nonsense", "address": "nonsense"})
+        with pytest.raises(sqlite3.Error):
+            sink.write(Batch("b", 1, [event(route="/new")]))
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        connection.execute("select 1")
+    sink.write(Batch("b", 1, [event()]))
+    assert kept(tmp_path / "usage.db") == ["a", "b"]
+
+
+def test_pitfall_22_a_fork_takes_no_connection_to_the_file_along(tmp_path: Path) -> None:
+    sink = SQLiteSink(tmp_path / "usage.db")
+    sink.write(Batch("parent", 1, [event()]))
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            code = 2 if sink._idle else 0
+            sink.write(Batch("child", 1, [event()]))
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    sink.write(Batch("parent", 2, [event()]))
+    assert kept(tmp_path / "usage.db") == ["child", "parent"]
 
 
 # tables of another version
