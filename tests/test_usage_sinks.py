@@ -20,7 +20,7 @@ from papaours_auth.testing import SinkContract
 from papaours_auth.usage import Batch, Event, Recorder, Refusals, Sink, open_sink, rollup
 from papaours_auth.usage.questions import Usage
 from papaours_auth.usage.rollup import DAY, HOUR, OTHER, SECOND, Bucket, Retention, Tally
-from papaours_auth.usage.sql import SQLReader, SQLSink
+from papaours_auth.usage.sql import SQLReader, SQLSink, multiplied
 from papaours_auth.usage.sqlite import SQLiteSink
 from support.sql_servers import SQLServer
 from support.usage import call
@@ -480,6 +480,33 @@ def test_an_apps_own_engine_and_prefix(engine: Engine) -> None:
     last = usage.last_used("key_1")
     assert last is not None
     assert last.calls == 1
+
+
+def test_another_driver_of_postgresql_takes_the_same(
+    postgresql_server: SQLServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = postgresql_server.database()
+    url = postgresql_server.url(name)
+    copying, other = open_sink(url), open_sink(url)
+    odd = event(NOW + 1, route='/é\\"{}\t\\N', address="")
+    copying.write(Batch("p", 1, [odd]))
+    assert isinstance(other, SQLSink)
+    other.create()  # connected
+    monkeypatch.setattr(other._engine.dialect, "driver", "another")  # COPY is psycopg's
+    other.write(Batch("q", 1, [odd, *(event(NOW - number) for number in range(2_500))]))
+    newest, before = Usage(url).history(limit=2)
+    assert newest == before == odd
+    found = postgresql_server.execute("select count(*) from papaours_usage_events", database=name)
+    assert found == [(2_502,)]
+
+
+def test_many_rows_go_in_a_statement_whatever_the_server_calls_the_given_ones() -> None:
+    for tail in ("", " AS new ON DUPLICATE KEY UPDATE a = new.a", " ON DUPLICATE KEY UPDATE a = VALUES(a)"):
+        for marks in ("%s, %s", "%(a)s, %(b)s"):  # what a driver calls its parameters
+            single = f"INSERT INTO t (a, b) VALUES ({marks}){tail}"
+            assert multiplied(single, 2, 3) == (
+                f"INSERT INTO t (a, b) VALUES (%s, %s), (%s, %s), (%s, %s){tail}"
+            )
 
 
 def test_who_makes_the_tables_for_too_long_is_not_waited_for(
