@@ -350,6 +350,14 @@ def test_pitfall_17_a_flood_of_addresses_does_not_grow_the_memory(clock: ManualC
     assert REST not in throttle._networks
 
 
+def test_a_network_that_is_forgotten_while_its_storage_is_asked_is_blocked_by_that_answer_alone(
+    clock: ManualClock,
+) -> None:
+    throttle = Throttle("1/minute", clock=clock)
+    assert [throttle._count("192.0.2.0/24") for _ in range(2)] == [0.0, 60.0]
+    assert not throttle._networks
+
+
 def test_threads_count_together(clock: ManualClock) -> None:
     throttle = Throttle("50/minute", clock=clock)
     answers: list[Reason] = []
@@ -414,6 +422,7 @@ def test_our_memory_is_a_storage_of_limits(clock: ManualClock) -> None:
     clock.advance(60)
     assert limiter.test(item, "a")
     assert windows.check()
+    assert windows.base_exceptions is ValueError
     assert (windows.reset(), windows.reset()) == (1, 0)
 
 
