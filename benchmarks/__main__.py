@@ -28,11 +28,12 @@ NAMES: Final = (
     "outage",
     "usage",
     "usage_questions",
+    "usage_sinks",
     "signs",
 )
 
 
-SHORTER: Final = {"usage": 0.05, "usage_questions": 0.02, "mass_revocation": 0.5}
+SHORTER: Final = {"usage": 0.05, "usage_questions": 0.02, "usage_sinks": 0.3, "mass_revocation": 0.5}
 """What would take too long runs at a part of its scale among the others: all take a quarter of an hour."""
 
 

@@ -31,6 +31,7 @@ from benchmarks import (  # noqa: E402
     threads,
     timing,
     usage_questions,
+    usage_sinks,
 )
 from benchmarks.harness import (  # noqa: E402
     Figure,
@@ -443,3 +444,12 @@ def test_questions_about_usage_are_all_asked() -> None:
     assert figures["slowest answer, warm"].goal == usage_questions.GOAL
     for question in ("last_used", "history", "series", "by_route", "by_address", "still_used", "report"):
         assert [name for name in figures if name.startswith(question) and name.endswith("cold")], question
+
+
+def test_every_sink_is_measured_by_the_clock_and_by_our_own_time() -> None:
+    names = [figure.name for figure in usage_sinks.run(0.001).figures]
+    for store in shared_stores():
+        assert [name for name in names if name.startswith(f"{store}: ")] == [
+            f"{store}: a second",
+            f"{store}: a second of its own processor time",
+        ]

@@ -32,14 +32,14 @@ from papaours_auth import (
     StoreUnavailable,
     open_store,
     parse_peppers,
-    throttle_storage,
+    throttle_redis,
 )
 from papaours_auth.asgi import PapaoursAuthMiddleware as ASGIMiddleware
 from papaours_auth.digest import new_pepper
 from papaours_auth.keys import NewKey
 from papaours_auth.stores.memory import MemoryStore
 from papaours_auth.throttle import COUNTED, REST, Throttle
-from papaours_auth.throttle_storage import Windows
+from papaours_auth.throttle_storage import Limiter, Windows
 from papaours_auth.usage import Batch, CallableSink, Recorder
 from papaours_auth.wsgi import PapaoursAuthMiddleware as WSGIMiddleware
 from support.alone import run_alone
@@ -48,11 +48,15 @@ from support.doors import Spy, Threaded
 from support.redis_servers import (
     NEWEST,
     WHY_NOT,
+    Certificates,
     RedisServer,
     free_port,
     make_certificates,
+    redis_cluster,
+    redis_sentinel,
     redis_server,
     speaks_tls,
+    wait_for_failover,
 )
 from support.servers import serving, wait_until
 
@@ -324,7 +328,10 @@ def judged(throttle: Throttle, address: str) -> Reason:
 
 
 def held(throttle: Throttle) -> int:
-    return max(len(throttle._networks), len(throttle._limiter._storage._windows))  # type: ignore[attr-defined]  # ours
+    limiter = throttle._limiter
+    assert isinstance(limiter, Limiter)
+    assert isinstance(limiter._storage, Windows)
+    return max(len(throttle._networks), len(limiter._storage._windows))
 
 
 def test_pitfall_17_a_flood_of_addresses_does_not_grow_the_memory(clock: ManualClock) -> None:
@@ -341,6 +348,14 @@ def test_pitfall_17_a_flood_of_addresses_does_not_grow_the_memory(clock: ManualC
     assert judged(throttle, HERE) is Reason.UNKNOWN_KEY
     assert held(throttle) == 1
     assert REST not in throttle._networks
+
+
+def test_a_network_that_is_forgotten_while_its_storage_is_asked_is_blocked_by_that_answer_alone(
+    clock: ManualClock,
+) -> None:
+    throttle = Throttle("1/minute", clock=clock)
+    assert [throttle._count("192.0.2.0/24") for _ in range(2)] == [0.0, 60.0]
+    assert not throttle._networks
 
 
 def test_threads_count_together(clock: ManualClock) -> None:
@@ -407,6 +422,7 @@ def test_our_memory_is_a_storage_of_limits(clock: ManualClock) -> None:
     clock.advance(60)
     assert limiter.test(item, "a")
     assert windows.check()
+    assert windows.base_exceptions is ValueError
     assert (windows.reset(), windows.reset()) == (1, 0)
 
 
@@ -432,7 +448,7 @@ def own(tmp_path: Path) -> Iterator[RedisServer]:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of a Redis that answers: machines are busy."""
-    monkeypatch.setattr(throttle_storage, "_PATIENCE", 5.0)
+    monkeypatch.setattr(throttle_redis, "_PATIENCE", 5.0)
 
 
 def at(server: RedisServer, prefix: str = "papaours", user: str = "") -> str:
@@ -624,11 +640,8 @@ def test_pitfall_14_a_user_for_the_throttle_reaches_nothing_of_the_keys(own: Red
 def test_over_tls_a_stranger_is_not_trusted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     if NEWEST is None or not speaks_tls(NEWEST):
         pytest.skip("this Redis was built without TLS")
-    files, port = make_certificates(tmp_path), free_port()
-    options = (
-        *("--tls-port", str(port), "--tls-auth-clients", "no", "--tls-ca-cert-file", str(files.authority)),
-        *("--tls-cert-file", str(files.certificate), "--tls-key-file", str(files.key)),
-    )
+    port = free_port()
+    options, files = tls_options(tmp_path, port)
     with redis_server(NEWEST, tmp_path / "tls", *options):
         url = f"rediss://127.0.0.1:{port}/?timeout=5&ca_certs="
         trusted, stranger = (
@@ -637,6 +650,110 @@ def test_over_tls_a_stranger_is_not_trusted(tmp_path: Path, caplog: pytest.LogCa
         assert [judged(trusted, HERE) for _ in range(2)][-1] is Reason.TOO_MANY_FAILURES
         assert [judged(stranger, HERE) for _ in range(2)][-1] is Reason.UNKNOWN_KEY
     assert caplog.text.count("cannot be asked") == 1
+
+
+# Cluster and Sentinel
+
+NETWORKS = [f"198.51.{number}.7" for number in range(24)]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[list[RedisServer]]:
+    if NEWEST is None:
+        pytest.skip(WHY_NOT["6.2"])
+    with redis_cluster(NEWEST, tmp_path) as servers:
+        yield servers
+
+
+def at_cluster(servers: list[RedisServer], options: str = "timeout=5") -> str:
+    return f"redis+cluster://{','.join(server.address for server in servers)}/?{options}"
+
+
+@pytest.mark.usefixtures("patient")
+def test_processes_count_together_on_all_nodes_of_a_cluster(cluster: list[RedisServer]) -> None:
+    one, two = (either(Throttle("2/hour", storage=at_cluster(cluster)), kind) for kind in ("sync", "async"))
+    for address in NETWORKS:
+        assert [ask(address).reason for ask in (one, two)] == [Reason.UNKNOWN_KEY] * 2
+        refused = one(address)
+        assert refused.reason is Reason.TOO_MANY_FAILURES
+        assert 3590 <= (refused.retry_after or 0) <= 3600
+        assert two(address).reason is Reason.TOO_MANY_FAILURES
+    counted = [server.say("KEYS", "papaours:throttle:*") for server in cluster]
+    assert all(counted)
+    assert sum(map(len, counted)) == len(NETWORKS)
+
+
+def test_failures_pass_uncounted_while_a_node_of_the_cluster_is_away(
+    cluster: list[RedisServer], clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    throttle = Throttle("1/hour", storage=at_cluster(cluster[:1]), clock=clock)
+    caplog.set_level(logging.WARNING)
+    cluster[2].kill()
+    began = time.monotonic()
+    answers: set[Reason] = set()
+    for address in NETWORKS:
+        answers.update(judged(throttle, address) for _ in range(3))
+        clock.advance(6)  # it is asked again for each
+    assert answers == {Reason.UNKNOWN_KEY, Reason.TOO_MANY_FAILURES}  # the others' nodes count
+    assert time.monotonic() - began < len(NETWORKS) * 0.8
+    assert "the throttle's storage cannot be asked (Unreachable)" in caplog.text
+    for server in cluster[:2]:
+        server.kill()
+    clock.advance(3600)
+    assert {judged(throttle, address) for address in NETWORKS} == {Reason.UNKNOWN_KEY}
+
+
+def test_a_cluster_that_is_away_at_the_start_keeps_no_app_from_starting(clock: ManualClock) -> None:
+    for url in ("redis+cluster://127.0.0.1:{port}", "redis+sentinel://127.0.0.1:{port}/keys"):
+        throttle = Throttle("1/hour", storage=url.format(port=free_port()), clock=clock)
+        assert [judged(throttle, HERE) for _ in range(2)] == [Reason.UNKNOWN_KEY] * 2
+
+
+@pytest.mark.usefixtures("patient")
+@SHELLS
+def test_after_a_failover_failures_are_counted_at_the_new_primary(
+    tmp_path: Path, kind: str, clock: ManualClock
+) -> None:
+    if NEWEST is None:
+        pytest.skip(WHY_NOT["6.2"])
+    with redis_sentinel(NEWEST, tmp_path) as (primary, replica, sentinel):
+        url = f"redis+sentinel://{sentinel.address}/keys?timeout=5"
+        one, two = (either(Throttle("1/hour", storage=url, clock=clock), kind) for _ in range(2))
+        assert [ask(HERE).reason for ask in (one, two)] == [Reason.UNKNOWN_KEY, Reason.TOO_MANY_FAILURES]
+        primary.kill()
+        assert one(ELSEWHERE).reason is Reason.UNKNOWN_KEY
+        wait_for_failover(sentinel, primary)
+        wait_until(lambda: replica.say("ROLE")[0] in (b"master", "master"), 30, what="the promotion")
+        clock.advance(6)
+        assert [ask(ELSEWHERE).reason for ask in (one, two)] == [Reason.UNKNOWN_KEY, Reason.TOO_MANY_FAILURES]
+        assert replica.say("KEYS", "papaours:throttle:*198.51.100.0*")
+
+
+def tls_options(folder: Path, port: int) -> tuple[tuple[str, ...], Certificates]:
+    files = make_certificates(folder)
+    options = (
+        *("--tls-port", str(port), "--tls-auth-clients", "no", "--tls-ca-cert-file", str(files.authority)),
+        *("--tls-cert-file", str(files.certificate), "--tls-key-file", str(files.key)),
+    )
+    return options, files
+
+
+@pytest.mark.usefixtures("patient")
+def test_over_tls_a_cluster_counts_too_and_a_stranger_is_not_trusted(tmp_path: Path) -> None:
+    if NEWEST is None or not speaks_tls(NEWEST):
+        pytest.skip("this Redis was built without TLS")
+    port = free_port()
+    options, files = tls_options(tmp_path, port)
+    options += ("--cluster-enabled", "yes", "--tls-cluster", "yes")
+    with redis_server(NEWEST, tmp_path / "tls", *options) as server:
+        server.say("CLUSTER", "ADDSLOTS", *range(16384))
+        wait_until(lambda: b"cluster_state:ok" in server.say("CLUSTER", "INFO"), 30, what="the cluster")
+        url = f"redis+cluster://127.0.0.1:{port}/?timeout=5&tls=yes&ca_certs="
+        trusted, stranger = (
+            Throttle("1/hour", storage=f"{url}{file}") for file in (files.authority, files.stranger)
+        )
+        assert [judged(trusted, HERE) for _ in range(2)][-1] is Reason.TOO_MANY_FAILURES
+        assert [judged(stranger, HERE) for _ in range(2)][-1] is Reason.UNKNOWN_KEY
 
 
 def test_a_password_is_never_seen(caplog: pytest.LogCaptureFixture) -> None:
@@ -654,7 +771,8 @@ def test_a_password_is_never_seen(caplog: pytest.LogCaptureFixture) -> None:
         {"limit": "1/second; 30/minute"},
         {"max_networks": 0},
         {"storage": "memcached://hunter2@host"},
-        {"storage": "redis+cluster://hunter2@host"},
+        {"storage": "redis+cluster://hunter2@host/1"},
+        {"storage": "redis+sentinel://hunter2@host"},
         {"storage": "redis://user:hunter2@host:port"},
     ],
 )

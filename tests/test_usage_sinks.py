@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,12 +17,13 @@ from sqlalchemy import Engine, create_engine, text
 
 from papaours_auth.exceptions import ConfigurationError, StoreUnavailable
 from papaours_auth.testing import SinkContract
-from papaours_auth.usage import Batch, Event, Refusals, Sink, open_sink, rollup
+from papaours_auth.usage import Batch, Event, Recorder, Refusals, Sink, open_sink, rollup
 from papaours_auth.usage.questions import Usage
-from papaours_auth.usage.rollup import DAY, HOUR, OTHER, SECOND, Retention, Tally
-from papaours_auth.usage.sql import SQLReader, SQLSink
+from papaours_auth.usage.rollup import DAY, HOUR, OTHER, SECOND, Bucket, Retention, Tally
+from papaours_auth.usage.sql import SQLReader, SQLSink, multiplied
 from papaours_auth.usage.sqlite import SQLiteSink
 from support.sql_servers import SQLServer
+from support.usage import call
 
 NOW = time.time_ns() // 1000
 TODAY = NOW // DAY * DAY
@@ -230,23 +233,112 @@ def test_the_most_called_of_what_is_new_is_kept_first() -> None:
 
 
 def test_what_has_a_row_is_asked_for_once_and_again_where_something_is_new() -> None:
-    asked: list[str] = []
+    asked: list[list[Bucket]] = []
+    rows = {"k": {"/a", "/b"}, "l": {"/a"}}
 
-    def read(*found: str) -> Callable[[], set[str]]:
-        def rows() -> set[str]:
-            asked.append(found[0])
-            return set(found)
+    def among(known: rollup.Known, **wanted: str) -> dict[str, AbstractSet[str]]:
+        def read(places: Sequence[Bucket]) -> Iterator[tuple[Bucket, str]]:
+            asked.append(list(places))
+            return ((place, value) for place in places for value in rows.get(place[0], ()))
 
-        return rows
+        values: dict[Bucket, dict[str, Tally]] = {
+            (key, "hour", 0): {value: Tally(1, 1)} for key, value in wanted.items()
+        }
+        return {key: found for (key, *_), found in known.among("route", values, read).items()}
 
-    known, one = rollup.Known(most=2), {"/a": Tally(1, 1)}
-    assert known.among(("k",), one, read("/a", "/b")) == {"/a", "/b"}
-    assert known.among(("k",), {**one, "/b": Tally(1, 1)}, read("/c")) == {"/a", "/b"}
-    assert known.among(("k",), {"/c": Tally(1, 1)}, read("/c")) == {"/c"}
-    assert asked == ["/a", "/c"]
-    for number in range(10):
-        known.among((str(number),), one, read("/a"))
-    assert len(known._found) <= 2
+    known = rollup.Known(most=10)
+    assert among(known, k="/a", l="/a") == {"k": {"/a", "/b"}, "l": {"/a"}}
+    assert among(known, k="/b", l="/a") == {"k": {"/a", "/b"}, "l": {"/a"}}
+    rows["k"] = {"/a", "/b", "/c"}
+    assert among(known, k="/c", l="/a") == {"k": {"/a", "/b", "/c"}, "l": {"/a"}}
+    assert asked == [[("k", "hour", 0), ("l", "hour", 0)], [("k", "hour", 0)]]
+    for number in range(100):
+        among(known, **{f"key_{number}": "/a"})
+        assert sum(1 + len(values) for values in known._found.values()) == known._held <= 10
+
+
+# the connection to a file
+
+
+def kept(path: Path) -> list[str]:
+    with closing(sqlite3.connect(path)) as connection:
+        return [row[0] for row in connection.execute("select producer from usage_batches order by 1")]
+
+
+def test_a_file_is_opened_once_until_the_sink_is_closed(tmp_path: Path) -> None:
+    sink, path = SQLiteSink(tmp_path / "usage.db"), tmp_path / "usage.db"
+    sink.write(Batch("a", 1, [event()]))
+    ((connection, _),) = sink._idle
+    thread = threading.Thread(target=sink.write, args=(Batch("b", 1, [event()]),))
+    thread.start()
+    thread.join()
+    assert [held for held, _ in sink._idle] == [connection]
+    assert path.with_name("usage.db-wal").exists()
+    sink.close()
+    assert not path.with_name("usage.db-wal").exists()  # nobody has it open
+    sink.write(Batch("c", 1, [event()]))
+    assert kept(path) == ["a", "b", "c"]
+
+
+def test_a_recorder_closes_the_file_that_it_opened(tmp_path: Path) -> None:
+    with Recorder(f"sqlite:///{tmp_path}/usage.db") as recorder:
+        call(recorder)
+        assert recorder.flush()
+        assert (tmp_path / "usage.db-wal").exists()
+    assert not (tmp_path / "usage.db-wal").exists()
+    recorder.start()
+    call(recorder)
+    recorder.close()
+    assert recorder.stats().delivered == 1
+    assert len(Usage(tmp_path / "usage.db").history()) == 2
+
+
+def test_a_file_that_was_removed_or_replaced_is_written_anew(tmp_path: Path) -> None:
+    path = tmp_path / "usage.db"
+    sink, other = SQLiteSink(path), SQLiteSink(tmp_path / "other.db")
+    sink.write(Batch("a", 1, [event()]))
+    for part in tmp_path.glob("usage.db*"):
+        part.unlink()
+    sink.write(Batch("b", 1, [event()]))
+    assert kept(path) == ["b"]
+    assert path.stat().st_mode & 0o777 == 0o600
+    other.write(Batch("c", 1, [event()]))
+    other.close()
+    for part in tmp_path.glob("usage.db-*"):
+        part.unlink()
+    (tmp_path / "other.db").replace(path)
+    sink.write(Batch("d", 1, [event()]))
+    assert kept(path) == ["c", "d"]
+
+
+def test_after_an_error_the_file_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = SQLiteSink(tmp_path / "usage.db")
+    sink.write(Batch("a", 1, [event()]))
+    ((connection, _),) = sink._idle
+    with monkeypatch.context() as patch:
+        patch.setattr("papaours_auth.usage.sqlite._KNOWN", {"route": "nonsense", "address": "nonsense"})
+        with pytest.raises(sqlite3.Error):
+            sink.write(Batch("b", 1, [event(route="/new")]))
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        connection.execute("select 1")
+    sink.write(Batch("b", 1, [event()]))
+    assert kept(tmp_path / "usage.db") == ["a", "b"]
+
+
+def test_pitfall_22_a_fork_takes_no_connection_to_the_file_along(tmp_path: Path) -> None:
+    sink = SQLiteSink(tmp_path / "usage.db")
+    sink.write(Batch("parent", 1, [event()]))
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            code = 2 if sink._idle else 0
+            sink.write(Batch("child", 1, [event()]))
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    sink.write(Batch("parent", 2, [event()]))
+    assert kept(tmp_path / "usage.db") == ["child", "parent"]
 
 
 # tables of another version
@@ -388,6 +480,33 @@ def test_an_apps_own_engine_and_prefix(engine: Engine) -> None:
     last = usage.last_used("key_1")
     assert last is not None
     assert last.calls == 1
+
+
+def test_another_driver_of_postgresql_takes_the_same(
+    postgresql_server: SQLServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = postgresql_server.database()
+    url = postgresql_server.url(name)
+    copying, other = open_sink(url), open_sink(url)
+    odd = event(NOW + 1, route='/é\\"{}\t\\N', address="")
+    copying.write(Batch("p", 1, [odd]))
+    assert isinstance(other, SQLSink)
+    other.create()  # connected
+    monkeypatch.setattr(other._engine.dialect, "driver", "another")  # COPY is psycopg's
+    other.write(Batch("q", 1, [odd, *(event(NOW - number) for number in range(2_500))]))
+    newest, before = Usage(url).history(limit=2)
+    assert newest == before == odd
+    found = postgresql_server.execute("select count(*) from papaours_usage_events", database=name)
+    assert found == [(2_502,)]
+
+
+def test_many_rows_go_in_a_statement_whatever_the_server_calls_the_given_ones() -> None:
+    for tail in ("", " AS new ON DUPLICATE KEY UPDATE a = new.a", " ON DUPLICATE KEY UPDATE a = VALUES(a)"):
+        for marks in ("%s, %s", "%(a)s, %(b)s"):  # what a driver calls its parameters
+            single = f"INSERT INTO t (a, b) VALUES ({marks}){tail}"
+            assert multiplied(single, 2, 3) == (
+                f"INSERT INTO t (a, b) VALUES (%s, %s), (%s, %s), (%s, %s){tail}"
+            )
 
 
 def test_who_makes_the_tables_for_too_long_is_not_waited_for(

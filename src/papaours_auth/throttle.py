@@ -57,8 +57,8 @@ class Throttle:
     """So many failures for each network (/24, /48), then 429 with ``Retry-After`` until the window has passed.
 
     - ``limit``: as in ``"30/minute"``, ``"100 per 5 minutes"``. The window begins with a network's first failure.
-    - ``storage``: ``"memory://"``, where each process counts for itself, or the URL of one Redis
-      (``redis://``, ``rediss://``) where all count together. While that cannot be asked, failures pass uncounted.
+    - ``storage``: ``"memory://"``, where each process counts for itself, or the URL of a Redis, as for the key store
+      (Cluster and Sentinel too), where all count together. While that cannot be asked, failures pass uncounted.
     - ``max_networks``: how many are told apart in a window; those beyond share one count.
 
     May be shared by apps, threads and event loops, and crosses a fork. Raises `ConfigurationError`.

@@ -1,33 +1,33 @@
-"""Where a throttle counts: `limits` keeps the window, in memory of ours or in a Redis."""
+"""Where a throttle counts: `limits` reads the limit, and keeps the window in memory of ours. Else in Redis."""
 
 from __future__ import annotations
 
 import math
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from .cache import Clock
 from .exceptions import ConfigurationError
 
 try:
     from limits import RateLimitItem, parse_many
-    from limits.storage import RedisStorage, Storage
+    from limits.storage import Storage
     from limits.strategies import FixedWindowRateLimiter
 except ImportError as error:
     raise ConfigurationError(
         "a throttle needs limits, which is not installed: pip install 'papaours-auth[throttle]'"
     ) from error
 
-_PATIENCE: Final = 0.2
-"""Seconds to connect, and again for an answer, where the URL's timeout is not shorter."""
-_REDIS: Final = ("redis://", "rediss://")
+if TYPE_CHECKING:
+    from .throttle_redis import RedisLimiter
+
+_REDIS: Final = ("redis://", "rediss://", "redis+cluster://", "redis+sentinel://")
 
 
 class Limiter:
-    """A limit, and the storage it is counted in."""
+    """A limit, and the memory it is counted in."""
 
     def __init__(self, item: RateLimitItem, storage: Storage, now: Callable[[], float]) -> None:
         self._item, self._storage, self._now = item, storage, now
@@ -35,17 +35,14 @@ class Limiter:
         self.window = item.get_expiry()
 
     def hit(self, name: str) -> float:
-        """Count one; give for how long (seconds, at most the window) the limit is exceeded, 0 where it is not.
-
-        Raises what the storage raises.
-        """
+        """Count one; give for how long (seconds, at most the window) the limit is exceeded, 0 where it is not."""
         if self._limiter.hit(self._item, name):
             return 0.0
         left = self._storage.get_expiry(self._item.key_for(name)) - self._now()
         return min(max(left, 1.0), float(self.window))
 
 
-def open_limiter(limit: str, storage: str, clock: Clock, lock: threading.Lock) -> Limiter:
+def open_limiter(limit: str, storage: str, clock: Clock, lock: threading.Lock) -> Limiter | RedisLimiter:
     """Open a limit such as ``"30/minute"`` over a storage. Raises `ConfigurationError`, which quotes no URL."""
     try:
         (item,) = parse_many(limit)  # which `parse` would take the first of
@@ -57,9 +54,11 @@ def open_limiter(limit: str, storage: str, clock: Clock, lock: threading.Lock) -
         return Limiter(item, Windows(clock, lock), clock.time)
     if not storage.startswith(_REDIS):
         raise ConfigurationError(
-            "a throttle counts in memory:// or in one Redis (redis://…, rediss://…), not in Cluster or by Sentinel"
+            "a throttle counts in memory:// or in Redis (redis://, rediss://, redis+cluster://, redis+sentinel://)"
         )
-    return Limiter(item, _open_redis(storage), time.time)  # `limits` reckons by the system's clock there
+    from .throttle_redis import RedisLimiter  # which says what to install where redis-py is missing
+
+    return RedisLimiter(item, storage)
 
 
 class Windows(Storage):
@@ -117,23 +116,3 @@ class Windows(Storage):
         """Forget one."""
         with self._lock:
             self._windows.pop(key, None)
-
-
-def _open_redis(url: str) -> Storage:
-    from .stores.redis_place import place_of  # which says what to install where redis-py is missing
-
-    place = place_of(url)
-    from redis.backoff import NoBackoff
-    from redis.connection import Connection, ConnectionPool, SSLConnection
-    from redis.retry import Retry
-
-    patience = min(place.timeout, _PATIENCE)
-    # Ours, not one that `limits` makes of the URL: redis-py would try for seconds, and `limits` print the password.
-    pool = ConnectionPool(
-        connection_class=SSLConnection if place.tls else Connection,
-        **place.settings(place.nodes[0]),
-        socket_timeout=patience,
-        socket_connect_timeout=patience,
-        retry=Retry(NoBackoff(), 0),
-    )
-    return RedisStorage("redis://", connection_pool=pool, key_prefix=f"{place.prefix}:throttle")

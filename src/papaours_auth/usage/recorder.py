@@ -91,6 +91,7 @@ class Recorder:
             or segment_bytes < 8192
         ):
             raise ConfigurationError("interval, max_pending and max_spool of a Recorder must be above 0")
+        self._owned = isinstance(sink, str)
         self._sink = open_sink(sink) if isinstance(sink, str) else sink
         self.service = clean(service if service is not None else os.environ.get(SERVICE_VARIABLE))
         self._interval, self._max_pending = interval, max_pending
@@ -166,13 +167,15 @@ class Recorder:
     def close(self, timeout: float = 5.0) -> None:
         """Deliver what there is, for at most ``timeout`` seconds.
 
-        What the sink does not take stays in the spool, or is counted lost.
+        What the sink does not take stays in the spool, or is counted lost. A sink of yours stays open.
         """
         with self._starting:
             if self._courier.closing:
                 return
             self._courier.closing = True
         self._courier.close(timeout)
+        if self._owned:
+            getattr(self._sink, "close", _nothing)()
 
     def __enter__(self) -> Self:
         return self
@@ -213,6 +216,10 @@ class Recorder:
         if child:
             self._users = 0
             self._begin()
+
+
+def _nothing() -> None:
+    """Close what has nothing to close."""
 
 
 def _starter(reference: weakref.ref[Recorder]) -> Callable[[], None]:

@@ -29,6 +29,8 @@ Step: TypeAlias = Literal["minute", "hour", "day"]
 Counted: TypeAlias = Literal["hour", "day"]
 """The steps in which routes and addresses are counted."""
 Column: TypeAlias = Literal["route", "address"]
+Bucket: TypeAlias = tuple[str, Counted, int]
+"""Where a column's values are counted: key, step and its start."""
 
 
 class Retention(NamedTuple):
@@ -52,6 +54,7 @@ class Tally(NamedTuple):
 
 
 _NONE: Final = Tally(0, 0)
+_NOTHING: Final[AbstractSet[str]] = frozenset()
 
 
 class Expired(NamedTuple):
@@ -102,15 +105,15 @@ def keys(events: Iterable[Event]) -> list[tuple[str, str, int, int, int]]:
     return sorted((key, *values) for key, values in seen.items())
 
 
-def tallies(events: Sequence[Event], column: Column) -> dict[tuple[str, Counted, int], dict[str, Tally]]:
-    """Tally a column's values, for each key, step and its start."""
+def tallies(events: Sequence[Event], column: Column) -> dict[Bucket, dict[str, Tally]]:
+    """Tally a column's values in each bucket."""
     place = Event._fields.index(column)
     ordered = sorted(events, key=lambda event: event.time)
     entries = [(event.key_id, event.time // HOUR, str(event[place])) for event in ordered]
     last = dict(
         zip(entries, (event.time for event in ordered), strict=True)
     )  # of equal entries the latest stays
-    found: dict[tuple[str, Counted, int], dict[str, Tally]] = {}
+    found: dict[Bucket, dict[str, Tally]] = {}
     for entry, calls in Counter(entries).items():
         key, hour, value = entry
         for step in MOST_DISTINCT:
@@ -142,22 +145,36 @@ def capped(values: Mapping[str, Tally], known: AbstractSet[str], most: int) -> d
 
 
 class Known:
-    """Values that were seen to have rows, so that a batch without new ones asks for none. Bounded.
+    """Values that were seen to have rows, so that a batch without new ones asks for none. ``most`` bounds them.
 
     Nothing is put in that was not read: a batch that fails leaves nothing wrong behind.
     """
 
-    def __init__(self, most: int = 512) -> None:
+    def __init__(self, most: int = 200_000) -> None:
         self._most = most
-        self._found: dict[tuple[str, ...], AbstractSet[str]] = {}
+        self._held = 0
+        self._found: dict[tuple[Column, Bucket], AbstractSet[str]] = {}
 
     def among(
-        self, place: tuple[str, ...], values: Mapping[str, Tally], read: Callable[[], AbstractSet[str]]
-    ) -> AbstractSet[str]:
-        """Give what is known of a place, and read it where one of the values is not."""
-        known = self._found.get(place)
-        if known is None or not known >= values.keys():
-            if len(self._found) >= self._most:
+        self,
+        column: Column,
+        wanted: Mapping[Bucket, Mapping[str, Tally]],
+        read: Callable[[Sequence[Bucket]], Iterable[tuple[Bucket, str]]],
+    ) -> Mapping[Bucket, AbstractSet[str]]:
+        """Give what is known of each bucket, and read, all at once, those of which a value is not."""
+        known = {place: self._found.get((column, place), _NOTHING) for place in wanted}
+        unknown = {place: set[str]() for place, values in wanted.items() if not known[place] >= values.keys()}
+        if unknown:
+            for place, value in read(list(unknown)):
+                unknown[place].add(value)
+            self._keep(column, unknown)
+        return known | unknown
+
+    def _keep(self, column: Column, found: Mapping[Bucket, AbstractSet[str]]) -> None:
+        for place, values in found.items():
+            former = self._found.get((column, place))
+            self._held += 1 + len(values) - (0 if former is None else 1 + len(former))
+            if self._held > self._most:
                 self._found.clear()
-            known = self._found[place] = read()
-        return known
+                self._held = 1 + len(values)
+            self._found[column, place] = values

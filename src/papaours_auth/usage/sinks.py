@@ -33,7 +33,7 @@ class Sink(Protocol):
     """Takes batches, from one thread at a time. Whatever it raises, the batch comes again.
 
     A sink that keeps each producer's highest sequence with the batch itself, and ignores what is not above
-    it, has every event exactly once. None may hold a connection between calls: the process may fork.
+    it, has every event exactly once. No connection may be held across a fork.
     """
 
     def write(self, batch: Batch) -> None:

@@ -6,19 +6,21 @@ other in a circle. A child of a fork starts with new connections and leaves its 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple, Protocol
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias, cast
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
     Engine,
     Insert,
-    Select,
     Table,
     bindparam,
+    column,
     delete,
     exists,
     func,
@@ -36,9 +38,12 @@ from ..stores.sql_drivers import Place, read_url
 from . import rollup
 from .event import Event
 from .reader import Ask, Cell, Row
-from .rollup import MOST_DISTINCT, MOST_NETWORKS, Column, Expired, Known, Retention
+from .rollup import MOST_DISTINCT, MOST_NETWORKS, Bucket, Column, Counted, Expired, Known, Retention
 from .sinks import Batch
 from .sql_tables import UsageTables, check_version, prepare
+
+if TYPE_CHECKING:
+    import psycopg
 
 __all__ = ["SQLReader", "SQLSink", "UsageTables", "open_reader", "open_sink"]
 
@@ -49,6 +54,9 @@ READ_TIMEOUT: Final = 10.0
 _PRUNE_EVERY: Final = 60.0
 _PRUNE_ROWS: Final = 1_000
 _CHUNK: Final = 1_000
+_EVENT: Final = Event._fields[1:]
+_ROWS: Final = "rows"
+_NAMED: Final = re.compile(r"%\(\w+\)s")
 _WRITING: Final = {
     "postgresql": "READ COMMITTED",
     "mysql": "READ COMMITTED",
@@ -58,6 +66,7 @@ _WRITING: Final = {
 _READING: Final = _WRITING | dict.fromkeys(("postgresql", "mysql", "mariadb"), "REPEATABLE READ")
 
 _Cells = Mapping[str, Cell]
+_Insert: TypeAlias = mysql.Insert | postgresql.Insert | sqlite.Insert
 
 
 def open_sink(url: str) -> SQLSink:
@@ -238,12 +247,13 @@ def _write(connection: Connection, tables: UsageTables, batch: Batch, known: Kno
     if not _first_time(connection, tables.batches, batch):
         return
     # Keys first: whoever adds to a key's row holds it to the end, so the bounds below are exact.
-    _add(connection, tables.keys, [_row(tables.keys, found) for found in rollup.keys(batch.events)])
+    _add(connection, tables.keys, rollup.keys(batch.events))
     _insert(connection, tables.events, batch.events)
-    _add(connection, tables.series, [_series(found) for found in rollup.series(batch.events)])
+    series = [(key, step, start, *counted) for step, start, key, *counted in rollup.series(batch.events)]
+    _add(connection, tables.series, series)
     counted: tuple[tuple[Table, Column], ...] = ((tables.routes, "route"), (tables.addresses, "address"))
-    for table, column in counted:
-        _add(connection, table, list(_counts(connection, table, batch, column, known)))
+    for table, counts in counted:
+        _add(connection, table, list(_counts(connection, table, batch, counts, known)))
     _add(connection, tables.refusals, list(_refusals(connection, tables.refusals, batch)))
 
 
@@ -262,42 +272,59 @@ def _first_time(connection: Connection, table: Table, batch: Batch) -> bool:
 
 
 def _insert(connection: Connection, table: Table, events: Sequence[Event]) -> None:
-    columns = Event._fields[1:]
-    for part in range(0, len(events), _CHUNK):
-        rows = [dict(zip(columns, event[1:], strict=True)) for event in events[part : part + _CHUNK]]
-        connection.execute(insert(table), rows)
+    if connection.dialect.driver == "psycopg":
+        _copy(connection, table, events)
+    else:
+        rows = [event[1:] for event in events]
+        _put(connection, _inserting(connection.dialect.name, table, _EVENT), _EVENT, rows)
 
 
-def _row(table: Table, values: Sequence[Cell]) -> dict[str, Cell]:
-    return dict(zip(table.c.keys(), values, strict=True))
-
-
-def _series(found: tuple[rollup.Step, int, str, int, int]) -> dict[str, Cell]:
-    step, start, key, status, calls = found
-    return {"key_id": key, "step": step, "start": start, "status": status, "calls": calls}
+def _copy(connection: Connection, table: Table, events: Sequence[Event]) -> None:
+    """Insert by COPY: 9 µs an event, client and server together, where JSON takes 15 and a statement each 46."""
+    quote = connection.dialect.identifier_preparer
+    names = ", ".join(map(quote.quote, _EVENT))
+    driver = cast("psycopg.Connection[Any]", connection.connection.driver_connection)
+    with (
+        driver.cursor() as cursor,
+        cursor.copy(f"copy {quote.format_table(table)} ({names}) from stdin") as copy,
+    ):
+        for event in events:
+            copy.write_row(event[1:])
 
 
 def _counts(
     connection: Connection, table: Table, batch: Batch, column: Column, known: Known
-) -> Iterator[dict[str, Cell]]:
-    for (key, step, start), values in rollup.tallies(batch.events, column).items():
-        mine = table.c.key_id == key, table.c.step == step, table.c.start == start
-        rows = select(table.c[column]).where(*mine)
-
-        def read(rows: Select[Any] = rows) -> set[str]:
-            return set(connection.scalars(rows))
-
-        here = known.among((column, key, step, str(start)), values, read)
-        for value, tally in rollup.capped(values, here, MOST_DISTINCT[step]).items():
-            yield {"key_id": key, "step": step, "start": start, column: value, **tally._asdict()}
+) -> Iterator[Row]:
+    wanted = rollup.tallies(batch.events, column)
+    here = known.among(column, wanted, lambda places: _read(connection, table, column, places))
+    for place, values in wanted.items():
+        for value, tally in rollup.capped(values, here[place], MOST_DISTINCT[place[1]]).items():
+            yield *place, value, *tally
 
 
-def _refusals(connection: Connection, table: Table, batch: Batch) -> Iterator[dict[str, Cell]]:
+def _read(
+    connection: Connection, table: Table, column: Column, places: Sequence[Bucket]
+) -> Iterator[tuple[Bucket, str]]:
+    """Read a column's values: a statement for each start, of which a batch has few, and so many keys."""
+    keys: dict[tuple[Counted, int], list[str]] = {}
+    for key, step, start in places:
+        keys.setdefault((step, start), []).append(key)
+    for (step, start), found in keys.items():
+        for first in range(0, len(found), _CHUNK):
+            of_these = table.c.key_id.in_(found[first : first + _CHUNK])
+            rows = select(table.c.key_id, table.c[column]).where(
+                of_these, table.c.step == step, table.c.start == start
+            )
+            for key, value in connection.execute(rows):
+                yield (key, step, start), value
+
+
+def _refusals(connection: Connection, table: Table, batch: Batch) -> Iterator[Row]:
     for (minute, reason), values in rollup.by_minute(batch.refusals).items():
         here = select(table.c.network).where(table.c.minute == minute, table.c.reason == reason)
         known = set(connection.scalars(here))
         for network, tally in rollup.capped(values, known, MOST_NETWORKS).items():
-            yield {"minute": minute, "reason": reason, "network": network, "count": tally.calls}
+            yield minute, reason, network, tally.calls
 
 
 # adding to rows
@@ -315,26 +342,48 @@ class _Words(NamedTuple):
     most: Callable[..., ColumnElement[Any]]
 
 
-def _add(connection: Connection, table: Table, rows: Sequence[Mapping[str, Cell]]) -> None:
+def _add(connection: Connection, table: Table, rows: Sequence[Row]) -> None:
     """Add to the rows there are, and make those there are not."""
-    if rows:
-        connection.execute(_adding(connection.dialect.name, table), list(rows))
+    _put(connection, _adding(connection.dialect.name, table), table.c.keys(), rows)
+
+
+def _put(connection: Connection, statement: Insert, names: Sequence[str], rows: Sequence[Row]) -> None:
+    """Insert rows, many with a statement, but no more than are soon answered for."""
+    for start in range(0, len(rows), _CHUNK):
+        part = rows[start : start + _CHUNK]
+        if connection.dialect.name in ("mysql", "mariadb"):
+            single = str(statement.compile(dialect=connection.dialect, column_keys=names))
+            connection.exec_driver_sql(multiplied(single, len(names), len(part)), tuple(chain(*part)))
+            continue
+        named = [dict(zip(names, row, strict=True)) for row in part]
+        connection.execute(statement, {_ROWS: named} if connection.dialect.name == "postgresql" else named)
+
+
+def multiplied(single: str, columns: int, rows: int) -> str:
+    """Have the insertion of one row insert many: PyMySQL would not, where MySQL 8 has its ``AS new``."""
+    row = f"({', '.join(['%s'] * columns)})"
+    return _NAMED.sub("%s", single).replace(row, ", ".join([row] * rows))
+
+
+def _inserting(dialect: str, table: Table, names: Sequence[str]) -> _Insert:
+    """Write the insertion of a row; on PostgreSQL, of all rows of a document."""
+    if dialect in ("mysql", "mariadb"):
+        return mysql.insert(table)
+    if dialect == "sqlite":
+        return sqlite.insert(table)
+    rows = func.json_to_recordset(bindparam(_ROWS, type_=postgresql.JSON))
+    given = rows.table_valued(*(column(name, table.c[name].type) for name in names))
+    return postgresql.insert(table).from_select(names, select(*given.render_derived(with_types=True).c))
 
 
 def _adding(dialect: str, table: Table) -> Insert:
-    if dialect in ("mysql", "mariadb"):
-        made = mysql.insert(table)
+    made = _inserting(dialect, table, table.c.keys())
+    if isinstance(made, mysql.Insert):
         words = _Words(made.inserted, func.least, func.greatest)
         return made.on_duplicate_key_update(**_changes(table, words))
-    if dialect == "postgresql":
-        other = postgresql.insert(table)
-        words = _Words(other.excluded, func.least, func.greatest)
-        return other.on_conflict_do_update(
-            index_elements=list(table.primary_key), set_=_changes(table, words)
-        )
-    own = sqlite.insert(table)
-    words = _Words(own.excluded, func.min, func.max)
-    return own.on_conflict_do_update(index_elements=list(table.primary_key), set_=_changes(table, words))
+    least, most = (func.min, func.max) if dialect == "sqlite" else (func.least, func.greatest)
+    words = _Words(made.excluded, least, most)
+    return made.on_conflict_do_update(index_elements=list(table.primary_key), set_=_changes(table, words))
 
 
 def _changes(table: Table, words: _Words) -> dict[str, ColumnElement[Any]]:

@@ -1,6 +1,7 @@
 """Usage in SQLite: a file of its own, or tables beside the keys. Exactly once, rolled up, kept for a time.
 
-It writes to ``usage_*`` tables alone and opens the file for each batch, so nothing crosses a fork.
+It writes to ``usage_*`` tables alone, over a connection that is closed before a fork. Opening one for each batch
+took a tenth to a fifth of the time of 1,000 events, and half of that of 10.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 from urllib.parse import quote
 
+from .._fork import hold_across_fork
 from ..exceptions import StoreUnavailable
 from . import rollup
 from .layout import IDENTITY, VERSION, newer, prepare, transaction, version_of
 from .reader import Ask, Cell, Row
-from .rollup import MOST_DISTINCT, MOST_NETWORKS, Column, Expired, Known, Retention
+from .rollup import MOST_DISTINCT, MOST_NETWORKS, Bucket, Column, Expired, Known, Retention
 from .sinks import Batch
 
 __all__ = ["Retention", "SQLiteReader", "SQLiteSink"]
@@ -41,42 +43,78 @@ _KNOWN: Final[Mapping[Column, str]] = {
     "address": "select address from usage_addresses where key_id = ? and step = ? and start = ?",
 }
 
+_File: TypeAlias = tuple[int, int]
+"""Device and inode."""
+
 
 class SQLiteSink:
-    """Keeps events in an SQLite file, made (0600) where there is none. See `Retention`."""
+    """Keeps events in an SQLite file, made (0600) where there is none, now or later. See `Retention`."""
 
     def __init__(self, path: Path | str, *, retention: Retention = Retention()) -> None:  # noqa: B008 - immutable
+        self._idle: list[tuple[sqlite3.Connection, _File | None]] = []
         self.path = Path(path).absolute()
         self._retention = retention
         self._pruned = float("-inf")
-        self._ready = False
         self._known = Known()
+        hold_across_fork(self)
 
     def write(self, batch: Batch) -> None:
         """Store a batch, unless it is stored already. Then forget a little of what is too old."""
-        with self._open() as connection:
+        connection, file = self._take()
+        try:
             with transaction(connection):
                 if _first_time(connection, batch):
                     _store(connection, batch, self._known)
             if time.monotonic() - self._pruned > _PRUNE_EVERY:
                 self._prune(connection, 2 * len(batch.events))
+            connection.execute("pragma shrink_memory")
+        except BaseException:
+            connection.close()
+            raise
+        self._idle.append((connection, file))
 
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
+    def close(self) -> None:
+        """Close the file, which the next batch opens again."""
+        while True:
+            try:
+                connection, _ = self._idle.pop()
+            except IndexError:  # not asked before: another thread may be faster
+                return
+            connection.close()
+
+    __del__ = before_fork = close
+
+    def after_fork(self, *, child: bool) -> None:
+        """Do nothing: parent and child open the file again."""
+
+    def _take(self) -> tuple[sqlite3.Connection, _File | None]:
+        file = _file(self.path)
+        try:
+            connection, opened = self._idle.pop()
+        except IndexError:
+            return self._open()
+        if opened == file:
+            return connection, file
+        connection.close()  # another file has its name by now, or none
+        self._known = Known()
+        return self._open()
+
+    def _open(self) -> tuple[sqlite3.Connection, _File | None]:
         # Opened and closed by us, a file of keys would lose its locks: only one that is not there is made.
-        if not self._ready and not self.path.exists():
+        if not self.path.exists():
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        with contextlib.closing(
-            sqlite3.connect(self.path, timeout=_WAIT, isolation_level=None)
-        ) as connection:
+        file = _file(self.path)  # before it is opened: one that takes its place meanwhile is noticed
+        connection = sqlite3.connect(self.path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
+        try:
             connection.execute(f"pragma cache_size = -{_CACHE}")
-            if not self._ready:
-                connection.execute("pragma journal_mode=wal")
-                prepare(connection)
-                self._ready = True
+            connection.execute("pragma journal_mode=wal")
+            prepare(connection)
             connection.execute("pragma synchronous=normal")  # SIGKILL is covered, power loss is not
-            yield connection
+        except BaseException:
+            connection.close()
+            raise
+        return connection, file
 
     def _prune(self, connection: sqlite3.Connection, most: int) -> None:
         """Forget a bounded number of rows, in a transaction of its own: nobody waits long for it.
@@ -90,6 +128,14 @@ class SQLiteSink:
                 left -= _forget(connection, old, left)
         if left > 0:
             self._pruned = time.monotonic()
+
+
+def _file(path: Path) -> _File | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _forget(connection: sqlite3.Connection, old: Expired, most: int) -> int:
@@ -135,15 +181,14 @@ def _store(connection: sqlite3.Connection, batch: Batch, known: Known) -> None:
 def _counts(
     connection: sqlite3.Connection, batch: Batch, column: Column, known: Known
 ) -> Iterator[tuple[Cell, ...]]:
-    for place, values in rollup.tallies(batch.events, column).items():
-        key, step, start = place
+    def read(places: Sequence[Bucket]) -> Iterator[tuple[Bucket, str]]:
+        return ((place, value) for place in places for (value,) in connection.execute(_KNOWN[column], place))
 
-        def read(place: tuple[str, str, int] = place) -> set[str]:
-            return {value for (value,) in connection.execute(_KNOWN[column], place)}
-
-        here = known.among((column, key, step, str(start)), values, read)
-        for value, tally in rollup.capped(values, here, MOST_DISTINCT[step]).items():
-            yield key, step, start, value, *tally
+    wanted = rollup.tallies(batch.events, column)
+    here = known.among(column, wanted, read)
+    for place, values in wanted.items():
+        for value, tally in rollup.capped(values, here[place], MOST_DISTINCT[place[1]]).items():
+            yield *place, value, *tally
 
 
 def _store_refusals(connection: sqlite3.Connection, batch: Batch) -> None:
