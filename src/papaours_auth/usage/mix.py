@@ -29,7 +29,10 @@ class Mix:
 
     def count(self, name: str) -> None:
         """Count a call in this hour."""
-        _add(self._hour, name, 1)
+        if name in self._hour:
+            self._hour[name] += 1
+        else:
+            _add(self._hour, name, 1)
 
     def of_hour(self) -> float:
         """Say how many of the hour's calls are out of proportion."""
