@@ -214,6 +214,18 @@ def test_calls_out_of_proportion_are_a_rise_below_what_a_burst_may_have() -> Non
     assert 8 <= strange < calls < 100
 
 
+def test_a_slow_harvest_is_found_in_the_day_where_no_hour_tells() -> None:
+    def slowly(routes: list[str]) -> list[Finding]:
+        detector = Detector()
+        found(detector, mixed(34))
+        harvest = [call(34 * DAY + n * HOUR // 17, route=routes[n % len(routes)]) for n in range(17 * 24)]
+        fed = sorted([*mixed(1, begin=34), *harvest], key=lambda event: event.time)
+        return found(detector, fed)
+
+    assert {(finding.sign, finding.evidence["in"]) for finding in slowly([READ])} == {(Sign.RISE, "day")}
+    assert slowly([LISTED] * 18 + [READ, WRITTEN]) == []
+
+
 def test_other_proportions_without_more_calls_are_no_sign() -> None:
     detector = Detector()
     found(detector, mixed(35))
