@@ -22,6 +22,7 @@ from papaours_auth.exceptions import InvalidInput, NotFound, StoreUnavailable
 from papaours_auth.usage import Batch, CallableSink, Event, Recorder, Refusals, Sign, alert_table
 from papaours_auth.usage import watch as watch_module
 from papaours_auth.usage.alerts import TITLES, Alert, Book, Finding, Subject, worse
+from papaours_auth.usage.mix import Mix
 from papaours_auth.usage.novelty import Familiar
 from papaours_auth.usage.repetition import Repetition
 from papaours_auth.usage.rhythm import Rhythm
@@ -181,6 +182,97 @@ def test_a_small_rise_that_lasts_is_found_where_its_hours_alone_are_not_out_of_t
     findings = found(detector, lasting)
     assert {finding.sign for finding in findings} == {Sign.RISE}
     assert START + NOW + 2 * HOUR <= findings[0].time < START + NOW + 5 * HOUR
+
+
+LISTED, READ, WRITTEN = ("/v1/contrats", "/v1/contrats/{id}", "/v1/factures")
+
+
+def mixed(days: int, *, begin: int = 0, import_of: int = 0) -> Iterator[Event]:
+    """30 calls an hour, most of them to one route; on each third day an import, alike but for its size."""
+    for hour in range(begin * 24, (begin + days) * 24):
+        size = import_of if hour % 72 == 10 else 0
+        for number in range(30 + size):
+            route = LISTED if number % 10 else READ if number % 20 else WRITTEN
+            yield call(hour * HOUR + number * 1_000_000, route=route)
+
+
+def test_calls_out_of_proportion_are_a_rise_below_what_a_burst_may_have() -> None:
+    def importing() -> Detector:
+        detector = Detector()
+        assert found(detector, mixed(35, import_of=300)) == []
+        return detector
+
+    alike = [event for event in mixed(1, begin=35, import_of=100) if event.time < START + NOW + HOUR]
+    harvest = [call(NOW + n * 1_000_000, route=READ) for n in range(100)]
+    before = [event for event in alike if event.time < START + NOW]
+    assert found(importing(), alike) == []
+    findings = found(importing(), [*before, *harvest])
+    assert {finding.sign for finding in findings} == {Sign.RISE}
+    calls, strange = findings[0].evidence["calls"], findings[0].evidence["out_of_mix"]
+    assert isinstance(calls, int)
+    assert isinstance(strange, int)
+    assert 8 <= strange < calls < 100
+
+
+def test_a_slow_harvest_is_found_in_the_day_where_no_hour_tells() -> None:
+    def slowly(routes: list[str]) -> list[Finding]:
+        detector = Detector()
+        found(detector, mixed(34))
+        harvest = [call(34 * DAY + n * HOUR // 17, route=routes[n % len(routes)]) for n in range(17 * 24)]
+        fed = sorted([*mixed(1, begin=34), *harvest], key=lambda event: event.time)
+        return found(detector, fed)
+
+    assert {(finding.sign, finding.evidence["in"]) for finding in slowly([READ])} == {(Sign.RISE, "day")}
+    assert slowly([LISTED] * 18 + [READ, WRITTEN]) == []
+
+
+def test_other_proportions_without_more_calls_are_no_sign() -> None:
+    detector = Detector()
+    found(detector, mixed(35))
+    before = [event for event in mixed(1, begin=35) if event.time < START + NOW]
+    assert found(detector, [*before, *(call(NOW + n * 1_000_000, route=READ) for n in range(30))]) == []
+
+
+def test_a_route_without_a_share_is_the_sign_of_resources_alone() -> None:
+    detector = Detector()
+    found(detector, mixed(35, import_of=300))
+    before = [event for event in mixed(1, begin=35) if event.time < START + NOW]
+    news = [call(NOW + n * 1_000_000, route="/v1/secrets") for n in range(100)]
+    assert signs(detector, [*before, *news]) == {Sign.RESOURCES}
+
+
+def test_a_job_of_the_night_may_follow_the_change_of_clocks() -> None:
+    def nightly(days: range, hour: int) -> Iterator[Event]:
+        for day in days:
+            yield from (call(day * DAY + hour * HOUR + n * 10_000_000) for n in range(200))
+
+    detector = Detector()
+    assert found(detector, [*nightly(range(35), 3), *nightly(range(35, 42), 2)]) == []
+
+
+def test_two_holidays_in_four_weeks_make_no_rise_of_the_days_after() -> None:
+    def working(days: Iterable[int]) -> Iterator[Event]:
+        for day in days:
+            calls = {35: 2, 49: 2, 63: 160}.get(day, 120)
+            for hour in range(8, 18):
+                yield from (call(day * DAY + hour * HOUR + n * MINUTE // 3) for n in range(calls))
+
+    assert found(Detector(), working(range(64))) == []
+
+
+def test_proportions_are_bounded_and_begin_anew_where_all_were_forgotten() -> None:
+    mix = Mix()
+    for day in range(3):
+        for number in range(500):
+            mix.count(f"read /{day}-{number}")
+        mix.end_hour()
+        mix.end_day()
+    assert all(len(names) <= 49 for names in mix.state())
+    for _ in range(200):
+        mix.end_day()
+    mix.count("read /0-0")
+    assert mix.state()[0] == {}
+    assert (mix.of_hour(), mix.of_day()) == (0.0, 0.0)
 
 
 def test_growth_raises_what_is_expected() -> None:

@@ -13,13 +13,15 @@ from .generator import ATTACKS, DAYS, KEYS
 from .score import SIGNS, Score, over
 
 TUNED: Final = "1-8 and 101-106"
-REPORTED: Final = tuple(range(201, 207))
+REPORTED: Final = tuple(range(301, 307))
 RECALL, FALSE_ALARMS = 0.95, 1.0
 
 
 def run(scale: float = 1.0) -> Result:
     seeds = REPORTED[: max(1, round(len(REPORTED) * min(scale, 1.0)))]
-    small = {} if scale >= 0.1 else {"keys": 12, "days": 45, "attacks": 0.2}  # that it runs, no more
+    small: dict[str, float] = (
+        {} if scale >= 0.1 else {"keys": 12, "days": 45, "attacks": 0.2}
+    )  # that it runs, no more
     result = Result(
         "signs",
         f"Signs of compromise: {small.get('keys', KEYS)} keys, {small.get('days', DAYS)} days; tuned on seeds "
@@ -30,10 +32,18 @@ def run(scale: float = 1.0) -> Result:
     seconds = time.perf_counter() - begin
     for sign in SIGNS:
         _add(result, sign, scores[sign])
-    every = sum(score.false for score in scores.values()) / scores["rise"].key_months
-    result.add("all signs: false alarms per key and month", every, "", goal=FALSE_ALARMS)
+    result.add("all signs: false alarms per key and month", _every(scores), "", goal=FALSE_ALARMS)
+    harder, _ = over(seeds, **small, harder=True)
+    found = f"{harder['rise'].caught} of {harder['rise'].attacks} attacks"
+    result.add("a harder world, rise: recall", harder["rise"].recall, "", note=found)
+    result.add("a harder world, rise: false alarms per key and month", harder["rise"].false_alarms, "")
+    result.add("a harder world, all signs: false alarms per key and month", _every(harder), "")
     result.add("events, with their making", events / seconds, "events/s")
     return result
+
+
+def _every(scores: dict[str, Score]) -> float:
+    return sum(score.false for score in scores.values()) / scores["rise"].key_months
 
 
 def _named(seeds: tuple[int, ...]) -> str:

@@ -7,10 +7,14 @@ What is ordinary, and looks like an attack to a naive eye: bursts of webhooks, m
 after them, deployments (new routes, new addresses, sometimes a minute of wrong keys), clients that roam, routes
 called once a month, typing errors, customers whose cron job still has a deleted key, networks that fail a little
 every day, keys that begin late, use that doubles for good, and a change of clocks.
+
+In a harder world, bursts, the ends of months and nights have routes of their own, and one thief in four divides
+calls among routes as the key does.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import defaultdict
@@ -69,11 +73,15 @@ class Caller:
     denied: float
     stray: float
     birth: int
+    burst_mix: str = "as always"  # or the same few routes each time, or another one each time
+    month_end_alone: bool = False  # what is more at the end of a month calls one route
+    night_mix: bool = False  # other routes by night than by day
     changes: dict[int, list[Callable[[Caller, random.Random], None]]] = field(default_factory=dict)
     planted: dict[int, list[Call]] = field(default_factory=lambda: defaultdict(list))
     bursts: dict[int, list[Call]] = field(default_factory=lambda: defaultdict(list))
     misfires: dict[int, list[Call]] = field(default_factory=lambda: defaultdict(list))
     cumulated: list[float] = field(default_factory=list)
+    by_night: list[float] = field(default_factory=list)
 
 
 NOUNS: Final = (
@@ -88,14 +96,21 @@ HOLIDAYS: Final = (25, 26, 53, 54, 55, 56, 57, 58, 59, 74)
 class World:
     """One seed's 90 days. `stream` gives events and refusals in about the order of their times."""
 
-    def __init__(self, seed: int, *, keys: int = KEYS, days: int = DAYS, attacks: float = 1.0) -> None:
+    def __init__(
+        self, seed: int, *, keys: int = KEYS, days: int = DAYS, attacks: float = 1.0, harder: bool = False
+    ) -> None:
         self.random = random.Random(seed)
+        self.harder = random.Random(f"harder {seed}") if harder else None  # the rest is the same world
         self.days = days
         self.attacks: list[Attack] = []
         self.refused: dict[int, list[tuple[float, str, str, int]]] = defaultdict(list)
         self.callers = [self._caller(number, days) for number in range(keys)]
         for caller in self.callers:
             self._deployments(caller)
+            if self.harder is not None:
+                caller.burst_mix = self.harder.choice(["as always", "the same", "the same", "another"])
+                caller.month_end_alone = self.harder.random() < 0.5
+                caller.night_mix = self.harder.random() < 0.3
         self._strangers()
         self._plan(attacks)
 
@@ -278,7 +293,7 @@ class World:
             return []
         begin = START + hour * HOUR_S
         count = _poisson(self._rate(caller, hour), rnd)
-        calls = [_ordinary(caller, begin + rnd.random() * HOUR_S, rnd) for _ in range(count)]
+        calls = [self._call(caller, hour, begin + rnd.random() * HOUR_S) for _ in range(count)]
         if rnd.random() < caller.bursts_per_week / 168:
             self._burst(caller, begin + rnd.random() * HOUR_S)
         calls += [
@@ -299,11 +314,26 @@ class World:
         later = (caller.bursts, caller.planted, caller.misfires)
         return calls + [call for calls in later for call in calls.pop(hour, ())]
 
+    def _call(self, caller: Caller, hour: int, at: float) -> Call:
+        day, of_day = divmod(hour, 24)
+        call = _ordinary(caller, at, self.random, by_night=caller.night_mix and of_day < 6)
+        more = 1 - 1 / caller.month_end if caller.month_end_alone and day % 30 in (28, 29) else 0.0
+        if self.harder is not None and more and self.harder.random() < more:
+            return _at_route(call, caller.routes[-1])
+        return call
+
     def _burst(self, caller: Caller, begin: float) -> None:
         rnd = self.random
         seconds = rnd.uniform(300, 5400)
+        alone: list[tuple[str, str]] = []
+        if self.harder is not None and caller.burst_mix != "as always":
+            alone = (
+                caller.routes[:2] if caller.burst_mix == "the same" else [self.harder.choice(caller.routes)]
+            )
         for _ in range(_poisson(caller.day_calls * caller.burst_size * rnd.lognormvariate(0, 0.6), rnd)):
             call = _ordinary(caller, begin + rnd.random() * seconds, rnd)
+            if self.harder is not None and alone:
+                call = _at_route(call, self.harder.choice(alone))
             caller.bursts[_hour(call.at)].append(call)
 
     def _rate(self, caller: Caller, hour: int) -> float:
@@ -365,16 +395,21 @@ def _address(caller: Caller, rnd: random.Random) -> str:
     return caller.addresses[0]
 
 
-def _ordinary(caller: Caller, at: float, rnd: random.Random) -> Call:
+def _ordinary(caller: Caller, at: float, rnd: random.Random, *, by_night: bool = False) -> Call:
     if len(caller.cumulated) != len(caller.routes):
-        total = 0.0
-        caller.cumulated = [total := total + weight for weight in caller.weights]
-    method, route = rnd.choices(caller.routes, cum_weights=caller.cumulated)[0]
+        caller.cumulated = list(itertools.accumulate(caller.weights))
+        caller.by_night = list(itertools.accumulate(reversed(caller.weights)))
+    weights = caller.by_night if by_night else caller.cumulated
+    method, route = rnd.choices(caller.routes, cum_weights=weights)[0]
     chance = rnd.random()
     if chance < caller.denied:
         return Call(at, _address(caller, rnd), method, route, 403, "insufficient_rights")
     status = 200 if chance < 0.97 else 404 if chance < 0.99 else 500
     return Call(at, _address(caller, rnd), method, route, status)
+
+
+def _at_route(call: Call, route: tuple[str, str]) -> Call:
+    return call._replace(method=route[0], route=route[1])
 
 
 def _add_routes(caller: Caller, rnd: random.Random, routes: list[tuple[str, str]]) -> None:
@@ -452,6 +487,9 @@ def harvest(world: World, caller: Caller, at: float, strength: str) -> Planted:
     calls = [
         Call(at + rnd.uniform(0, hours * 3600), address(), *rnd.choice(known), 200) for _ in range(count)
     ]
+    if world.harder is not None and world.harder.random() < 0.25:
+        routes = world.harder.choices(caller.routes, caller.weights, k=count)
+        calls = [_at_route(call, route) for call, route in zip(calls, routes, strict=True)]
     return _put(caller, calls)
 
 

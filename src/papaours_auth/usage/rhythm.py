@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import math
 from array import array
-from statistics import median
+from statistics import median, median_high
 from typing import Final, NamedTuple, TypeAlias
 
 from .meter import DAYS, Measure, Meter, MeterState, Scale
+from .mix import Mix
+from .mix import State as MixState
 
 _WEEK: Final = 168  # hours
 _SPAN: Final = 24 * DAYS
@@ -17,11 +19,12 @@ _MOST_GROWTH: Final = 2.5
 _NEVER: Final = 1 << 62
 _RUN: Final = 3  # hours in a row
 _LOUDER: Final = 1.25  # told again when the count has grown by so much
+_NEXT: Final = 1.05  # the proportions are looked at again when it has grown by so much
 
 
-HOUR: Final = Scale(damping=8, least_score=math.log(2.0), least_excess=20, margin=1.5, slack=0.15)
-RUN: Final = Scale(damping=8, least_score=math.log(1.8), least_excess=8, margin=1.2, slack=0.1)
-DAY: Final = Scale(damping=10, least_score=math.log(2.0), least_excess=25, margin=1.35, slack=0.15)
+HOUR: Final = Scale(damping=8, least_score=math.log(2.0), least_excess=20, margin=2.0, slack=0.15)
+RUN: Final = Scale(damping=8, least_score=math.log(1.8), least_excess=8, margin=1.3, slack=0.1)
+DAY: Final = Scale(damping=10, least_score=math.log(2.0), least_excess=25, margin=1.7, slack=0.15)
 
 
 class Rise(NamedTuple):
@@ -30,6 +33,8 @@ class Rise(NamedTuple):
     unit: str
     calls: int
     expected: float
+    strange: int = 0
+    """Calls out of the usual proportions, where they gave it away."""
 
     @property
     def ratio(self) -> float:
@@ -37,15 +42,17 @@ class Rise(NamedTuple):
         return self.calls / max(self.expected, 1.0)
 
 
-State: TypeAlias = "tuple[str, list[int], list[float], list[float], list[Measure], list[MeterState]]"
+State: TypeAlias = (
+    "tuple[str, list[int], list[float], list[float], list[Measure], list[MeterState], MixState]"
+)
 
 
 class Rhythm:
     """Counts calls by hour, and tells when there are too many. Hours are numbered from 1970, in UTC."""
 
     __slots__ = (
-        "_before", "_counts", "_day", "_day_limit", "_filled", "_grown", "_growth", "_hour", "_hour_limit",
-        "_run", "_today", "_top", "_usual", "_usual_today",
+        "_before", "_counts", "_day", "_day_gate", "_day_limit", "_filled", "_grown", "_growth", "_hour",
+        "_hour_gate", "_hour_limit", "_mix", "_run", "_today", "_top", "_usual", "_usual_today",
     )  # fmt: skip
     _before: list[Measure]  # of the hours just before, where nothing lies between
     _grown: list[float]  # of the last days: how many times the usual they had
@@ -54,9 +61,11 @@ class Rhythm:
         if state is None:
             self._begin(-1)
             return
-        text, numbers, figures, grown, before, meters = state
+        text, numbers, figures, grown, before, meters, mix = state
         self._counts = array("I", base64.b64decode(text))
-        self._top, self._filled, self._today, self._hour_limit, self._day_limit = numbers
+        self._top, self._filled, self._today = numbers[:3]
+        self._hour_limit, self._day_limit, self._hour_gate, self._day_gate = numbers[3:]
+        self._mix = Mix(mix)
         self._growth, self._usual, self._usual_today = figures
         self._grown = grown
         self._before = [Measure(*measure) for measure in before]
@@ -65,7 +74,8 @@ class Rhythm:
     def _begin(self, hour: int) -> None:
         self._counts = array("I", bytes(4 * _SPAN))
         self._top, self._filled, self._today = hour, 0, 0
-        self._hour_limit = self._day_limit = _NEVER
+        self._hour_limit = self._day_limit = self._hour_gate = self._day_gate = _NEVER
+        self._mix = Mix()
         self._growth, self._usual, self._usual_today = 1.0, 0.0, 0.0
         self._before, self._grown = [], []
         self._hour, self._run, self._day = Meter(HOUR), Meter(RUN), Meter(DAY)
@@ -74,27 +84,59 @@ class Rhythm:
         """Give what `__init__` takes, made of what JSON knows."""
         return (
             base64.b64encode(self._counts.tobytes()).decode("ascii"),
-            [self._top, self._filled, self._today, self._hour_limit, self._day_limit],
+            [
+                self._top,
+                self._filled,
+                self._today,
+                self._hour_limit,
+                self._day_limit,
+                self._hour_gate,
+                self._day_gate,
+            ],
             [self._growth, self._usual, self._usual_today],
             self._grown,
             self._before,
             [meter.state() for meter in (self._hour, self._run, self._day)],
+            self._mix.state(),
         )
 
-    def count(self, hour: int) -> Rise | None:
-        """Count a call in an hour; give what is too much, and again when it has grown by a quarter."""
+    def count(self, hour: int, name: str = "") -> Rise | None:
+        """Count a call of a group of routes (none: of no usual one) in an hour.
+
+        Give what is too much, and again when it has grown by a quarter.
+        """
         if hour != self._top and not self._arrive(hour):
             return None
         place = hour % _SPAN
         self._counts[place] += 1
         self._today += 1
-        if self._counts[place] >= self._hour_limit:
-            self._hour_limit = math.ceil(self._counts[place] * _LOUDER)
-            return Rise("hour", self._counts[place], self._usual)
-        if self._today >= self._day_limit:
-            self._day_limit = math.ceil(self._today * _LOUDER)
-            return Rise("day", self._today, self._usual_today)
-        return None
+        if name:
+            self._mix.count(name)
+        return self._in_hour(self._counts[place]) or self._in_day(self._today)
+
+    def _in_hour(self, calls: int) -> Rise | None:
+        strange = 0.0
+        if calls < self._hour_limit:
+            if calls < self._hour_gate:
+                return None
+            strange = self._mix.of_hour()
+            if strange < self._hour.ceiling.strange:
+                self._hour_gate = math.ceil(calls * _NEXT)
+                return None
+        self._hour_limit = self._hour_gate = math.ceil(calls * _LOUDER)
+        return Rise("hour", calls, self._usual, round(strange))
+
+    def _in_day(self, calls: int) -> Rise | None:
+        strange = 0.0
+        if calls < self._day_limit:
+            if calls < self._day_gate:
+                return None
+            strange = self._mix.of_day()
+            if strange < self._day.ceiling.strange:
+                self._day_gate = math.ceil(calls * _NEXT)
+                return None
+        self._day_limit = self._day_gate = math.ceil(calls * _LOUDER)
+        return Rise("day", calls, self._usual_today, round(strange))
 
     def _arrive(self, hour: int) -> bool:
         """Go to a later hour; count a late call where it belongs, which raises nothing."""
@@ -116,6 +158,9 @@ class Rhythm:
                 self._end_day()
                 for meter in (self._hour, self._run, self._day):
                     meter.end_day(days - 1)
+        self._mix.end_hour()
+        if days:
+            self._mix.end_day()
         for passed in range(self._top + 1, hour + 1):
             self._counts[passed % _SPAN] = 0
         self._filled = min(self._filled + hour - self._top, _SPAN)
@@ -130,14 +175,14 @@ class Rhythm:
 
         The median of them: a burst, or the end of a month, is no growth.
         """
-        self._day.note(self._day.measure(self._today, self._usual_today))
+        self._day.note(self._day.measure(self._today, self._usual_today, self._mix.of_day()))
         plain = self._usual_today / self._growth
         self._grown = [*self._grown, (self._today + DAY.damping) / (plain + DAY.damping)][-7:]
         self._growth = min(max(median(self._grown), 1.0), _MOST_GROWTH)
 
     def _close(self, steps: int) -> None:
         """Score the hour that has ended, and the run of hours it ends."""
-        measure = self._hour.measure(self._counts[self._top % _SPAN], self._usual)
+        measure = self._hour.measure(self._counts[self._top % _SPAN], self._usual, self._mix.of_hour())
         self._hour.note(measure)
         self._before.append(measure)
         if len(self._before) == _RUN:
@@ -152,7 +197,9 @@ class Rhythm:
             return
         if new_day:
             self._day_limit = self._day.limit(self._usual_today)
+            self._day_gate = self._day.gate(self._usual_today)
         self._hour_limit = self._hour.limit(self._usual)
+        self._hour_gate = self._hour.gate(self._usual)
         if len(self._before) == _RUN - 1 and all(map(self._run.passed, self._before)):
             self._hour_limit = min(self._hour_limit, self._run.limit(self._usual))
 
@@ -170,12 +217,11 @@ class Rhythm:
         return sum(self._counts[begin:]) + sum(self._counts[:end])
 
     def _usual_hour(self) -> float:
-        same = [self._at(self._top - _WEEK * week) for week in self._weeks()]
-        near = [
-            self._at(self._top - _WEEK * week + shift) for week in self._weeks() for shift in (-1, 1)
-        ]  # daylight saving, and jobs that drift
-        return max(median(same), median(same + near))
+        """Give what this hour of the week had, or one next to it: clocks change, and jobs drift."""
+        hours = (self._top, self._top - 1, self._top + 1)
+        same, *near = ([self._at(hour - _WEEK * week) for week in self._weeks()] for hour in hours)
+        return max(median_high(same), *(median(hour) for hour in near))
 
     def _usual_day(self) -> float:
         begin = self._top // 24 * 24
-        return median(self._between(begin - _WEEK * week, 24) for week in self._weeks())
+        return median_high(self._between(begin - _WEEK * week, 24) for week in self._weeks())

@@ -21,7 +21,7 @@ from .rhythm import Rhythm, Rise
 
 _HOUR: Final = 3_600_000_000
 _DAY: Final = 24 * _HOUR
-_STATE: Final = 1  # the version of the states: one of another is not read, and its subject is learned anew
+_STATE: Final = 2  # the version of the states: one of another is not read, and its subject is learned anew
 _FAR: Final = _DAY
 _LONGEST_STEP: Final = 7 * _DAY
 _LONGEST_GAP: Final = 45 * _DAY
@@ -184,7 +184,8 @@ class KeyHabits:
         if event.reason not in _NOT_A_FAILURE or event.status == 401:
             yield from self._failed(event, subject)
             return
-        rise = self._rhythm.count(event.time // _HOUR) if believed else None
+        group = route_group(event.method, event.route)[0] if event.status != 404 else ""
+        rise = self._rhythm.count(event.time // _HOUR, group) if believed else None
         if rise is not None:
             yield _rise(subject, event.time, rise)
         if self._denied(event):
@@ -272,6 +273,8 @@ def _rise(subject: Subject, time: int, rise: Rise) -> Finding:
         "ratio": round(rise.ratio, 1),
         "in": rise.unit,
     }
+    if rise.strange:
+        evidence["out_of_mix"] = rise.strange
     return Finding(Sign.RISE, subject, time, "high" if rise.ratio >= _LOUD else "medium", evidence)
 
 
