@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import create_engine, inspect
+from sqlalchemy import Connection, create_engine, inspect
 from sqlalchemy.event import listen
 from sqlalchemy.pool import NullPool
 
@@ -493,9 +493,7 @@ class Place:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.sink = open_sink(url)
-        assert isinstance(self.sink, SQLSink | SQLiteSink)
-        self.sink._retention = KEPT
+        self.sink = self.another_sink()
         self.source: Path | str = url
         if isinstance(self.sink, SQLSink):
             self.engine, self._prefix = self.sink._engine, "papaours_"
@@ -503,6 +501,12 @@ class Place:
             self.source, self._prefix = self.sink.path, ""
             self.engine = create_engine(f"sqlite:///{self.sink.path}", poolclass=NullPool)
         self._batch = count(1)
+
+    def another_sink(self) -> SQLSink | SQLiteSink:
+        sink = open_sink(self.url)
+        assert isinstance(sink, SQLSink | SQLiteSink)
+        sink._retention = KEPT
+        return sink
 
     def write(self, fed: Iterable[Event | Refusals]) -> None:
         listed = list(fed)
@@ -896,7 +900,7 @@ class Paused:
     def __init__(
         self, place: Place, fed: list[Event], producer: str = "slow", *, fails: bool = False
     ) -> None:
-        self._sink = open_sink(place.url)
+        self._sink = place.another_sink()
         assert isinstance(self._sink, SQLSink)
         self._sink.create()
         self._written, self._go, self._fails = threading.Event(), threading.Event(), fails
@@ -909,10 +913,11 @@ class Paused:
         with contextlib.suppress(OSError):
             self._sink.write(batch)
 
-    def _wait(self, _: object) -> None:
+    def _wait(self, connection: Connection) -> None:
         self._written.set()
         assert self._go.wait(60)
         if self._fails:
+            connection.invalidate()
             raise OSError("the network is away")
 
     def finish(self) -> None:
@@ -988,7 +993,7 @@ def test_of_many_that_record_and_many_that_watch_each_event_is_read_once(served:
     done = threading.Event()
 
     def record(producer: int) -> None:
-        sink = open_sink(served.url)
+        sink = served.another_sink()
         for sequence in range(1, 31):
             calls = [call(NOW + sequence * MINUTE + n, key=f"key-{producer}") for n in range(7)]
             sink.write(Batch(f"p-{producer}", sequence, calls))
