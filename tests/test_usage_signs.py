@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -988,36 +989,31 @@ def test_numbers_that_a_batch_took_in_vain_are_not_waited_for(served: Place) -> 
     assert Watch(served.source).catch_up() == 0
 
 
-def test_of_many_that_record_and_many_that_watch_each_event_is_read_once(served: Place) -> None:
+def test_of_batches_that_end_in_any_order_while_two_watch_each_event_is_read_once(served: Place) -> None:
     """The number of calls that a key's state has counted is the number of its events."""
-    done = threading.Event()
-
-    def record(producer: int) -> None:
-        sink = served.another_sink()
-        for sequence in range(1, 31):
-            calls = [call(NOW + sequence * MINUTE + n, key=f"key-{producer}") for n in range(7)]
-            sink.write(Batch(f"p-{producer}", sequence, calls))
-
-    def look() -> None:
-        watch = Watch(served.source, batch=50, log=False)
-        while not done.is_set():
-            watch.step()
-
-    recording = [threading.Thread(target=record, args=(10 + number,)) for number in range(4)]
-    looking = [threading.Thread(target=look) for _ in range(2)]
-    for thread in (*recording, *looking):
+    order = Random(7)
+    watches = [Watch(served.source, batch=50), Watch(served.source, batch=50)]
+    for number in range(8):
+        batches = [
+            Paused(served, [call(NOW + n, key=f"key-{number}{part}") for n in range(7)], f"p{number}{part}")
+            for part in "abc"
+        ]
+        served.write([other(number)])
+        order.shuffle(batches)
+        for batch in batches:
+            order.choice(watches).step()
+            batch.finish()
+    looking = [threading.Thread(target=watch.catch_up) for watch in watches]
+    for thread in looking:
         thread.start()
-    for thread in recording:
-        thread.join()
-    done.set()
     for thread in looking:
         thread.join()
-    Watch(served.source).catch_up()
+    watches[0].catch_up()
     counted = {
         place: json.loads(state)[2] for place, state in served.ask("select place, state from usage_signs")
     }
-    assert {counted[f"key key-{10 + number}"] for number in range(4)} == {210}
-    assert counted["key key-1"] == len(list(ordinary(35)))
+    expected = {f"key key-{number}{part}": 7 for number in range(8) for part in "abc"}
+    assert counted == {"key key-1": len(list(ordinary(35))), "key key-2": 8, **expected}
 
 
 def test_an_engine_prefix_and_schema_of_ones_own(postgresql_server: SQLServer) -> None:
@@ -1034,6 +1030,24 @@ def test_an_engine_prefix_and_schema_of_ones_own(postgresql_server: SQLServer) -
         for table in ("alerts", "signs", "signs_position", "signs_refusals", "signs_told")
     }
     engine.dispose()
+
+
+def test_a_number_is_not_given_again_where_a_wrong_clock_made_the_newest_event_too_old(place: Place) -> None:
+    """Or the one that gets it would not be read."""
+    watch = Watch(place.source)
+    watch.catch_up()
+    place.write([*theft(calls=1), call(-200 * DAY)])
+    assert watch.catch_up() == 2
+    place.sink._retention = Retention(events=150)
+    place.sink._pruned = float("-inf")
+    place.write([refused(NOW)])
+    assert watch.catch_up() == 1
+    assert place.ask(f"select count(*) from usage_events where time < {START}") == [(1,)]  # the newest
+    place.write(theft(NOW + MINUTE, calls=1))
+    assert watch.catch_up() == 1
+    place.sink._pruned = float("-inf")
+    place.write([])
+    assert place.ask(f"select count(*) from usage_events where time < {START}") == [(0,)]
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
