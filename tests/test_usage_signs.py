@@ -992,7 +992,8 @@ def test_numbers_that_a_batch_took_in_vain_are_not_waited_for(served: Place) -> 
 def test_of_batches_that_end_in_any_order_while_two_watch_each_event_is_read_once(served: Place) -> None:
     """The number of calls that a key's state has counted is the number of its events."""
     order = Random(7)
-    watches = [Watch(served.source, batch=50), Watch(served.source, batch=50)]
+    watches = [Watch(served.source), Watch(served.source)]
+    watches[0].catch_up()
     for number in range(8):
         batches = [
             Paused(served, [call(NOW + n, key=f"key-{number}{part}") for n in range(7)], f"p{number}{part}")
