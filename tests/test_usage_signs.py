@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -702,6 +704,18 @@ def test_a_reader_goes_on_where_it_stopped_and_a_new_one_hears_of_what_comes(pla
     assert new == []
 
 
+def test_a_reader_that_was_forgotten_hears_of_what_comes(place: Place) -> None:
+    """As where tables are replaced by others."""
+    told: list[Alert] = []
+    watch = Watch(place.source, notify=told.append)
+    watch.catch_up()
+    place.change("delete from usage_signs_told")
+    assert watch.step() == 0
+    place.write(theft())
+    watch.step()
+    assert len(told) == 1
+
+
 def test_a_worse_alert_is_told_again(place: Place) -> None:
     told: list[str] = []
     watch = Watch(place.source, notify=lambda alert: told.append(f"{alert.sign} {alert.severity}"))
@@ -778,6 +792,14 @@ def test_nothing_is_made_in_a_database_where_nothing_was_recorded(
         Watch(place.url).step()
     assert inspect(place.engine).get_table_names() == []
     place.engine.dispose()
+
+
+def test_a_file_is_watched_without_sqlalchemy(file: Place) -> None:
+    file.write(theft())
+    code = "import sys; sys.modules['sqlalchemy'] = None; from papaours_auth.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["signs", "--usage", file.url, "--since", "2026-01-01T00:00Z", "--json"]
+    ran = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert json.loads(ran.stdout)["sign"] == "addresses"
 
 
 def test_a_file_that_is_replaced_is_watched_on(file: Place) -> None:
