@@ -920,19 +920,32 @@ def test_usage_statements_name_tables_of_usage_alone(file: Place) -> None:
 
 
 class Paused:
-    """A recorder of its own, whose batch waits before its commit, all its rows being written."""
+    """A recorder of its own, whose batch waits before its commit, or when its events have their numbers."""
 
     def __init__(
-        self, place: Place, fed: list[Event], producer: str = "slow", *, fails: bool = False
+        self,
+        place: Place,
+        fed: list[Event],
+        producer: str = "slow",
+        *,
+        fails: bool = False,
+        numbered: bool = False,
     ) -> None:
         self._sink = place.another_sink()
         assert isinstance(self._sink, SQLSink)
         self._sink.create()
         self._written, self._go, self._fails = threading.Event(), threading.Event(), fails
-        listen(self._sink._engine, "commit", self._wait)
+        if numbered:
+            listen(self._sink._engine, "after_cursor_execute", self._wait_numbered)
+        else:
+            listen(self._sink._engine, "commit", self._wait)
         self._thread = threading.Thread(target=self._write, args=(Batch(producer, 1, fed),))
         self._thread.start()
         assert self._written.wait(20)
+
+    def _wait_numbered(self, connection: Connection, _: object, statement: str, *__: object) -> None:
+        if "usage_events" in statement and statement.lower().startswith("insert"):
+            self._wait(connection)
 
     def _write(self, batch: Batch) -> None:
         with contextlib.suppress(OSError):
@@ -964,10 +977,11 @@ def other(number: int) -> Event:
     return call(NOW + number, key="key-2")
 
 
-def test_an_event_that_appears_below_others_is_not_missed(served: Place) -> None:
+@pytest.mark.parametrize("numbered", [True, False])
+def test_an_event_that_appears_below_others_is_not_missed(served: Place, numbered: bool) -> None:
     watch = Watch(served.source)
     watch.catch_up()
-    slow = Paused(served, theft())
+    slow = Paused(served, theft(), numbered=numbered)
     served.write([other(1), other(2)])
     try:
         assert [watch.catch_up(), Watch(served.source).catch_up()] == [0, 0]

@@ -235,6 +235,7 @@ def _tried(engine: Engine) -> Engine:
 
 
 def _write(connection: Connection, tables: UsageTables, batch: Batch, known: Known) -> None:
+    # The mark before the events: who looks for signs tells by it who is at work (`ledger_sql.py`).
     if not _first_time(connection, tables.batches, batch):
         return
     # Keys first: whoever adds to a key's row holds it to the end, so the bounds below are exact.
