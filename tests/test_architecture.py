@@ -51,6 +51,9 @@ LAYERS = [
         "usage/event.py",
         "usage/history.py",
         "usage/layout.py",
+        "usage/ledger.py",
+        "usage/ledger_sql.py",
+        "usage/ledger_sqlite.py",
         "usage/memory.py",
         "usage/meter.py",
         "usage/metrics.py",
@@ -281,7 +284,7 @@ def test_pitfall_14_usage_cannot_reach_a_status() -> None:
         # What makes engines and what carries commands: none of them knows a key.
         assert reached <= {"stores/sql_drivers.py", "stores/sql_lock.py", *CARRIERS}, name
     following = {"into", "update", "from", "exists", "on"}
-    for name in ("layout.py", "sqlite.py"):
+    for name in ("alert_table.py", "layout.py", "ledger_sqlite.py", "sqlite.py", "watch.py"):
         words = (SOURCE / "usage" / name).read_text(encoding="utf-8").split()
         tables = {after for word, after in pairwise(words) if word.strip('"') in following and "_" in after}
         assert tables

@@ -13,10 +13,8 @@ from typing import Final, Literal
 
 from .cli import _SPAN, _UNITS, FINE, _command, _out, _say, _table, _time
 from .cli_usage import USAGE_VARIABLE, usage_url
-from .exceptions import ConfigurationError, InvalidInput
+from .exceptions import InvalidInput
 from .usage.alerts import FOREVER, TITLES, Alert, Sign
-from .usage.sinks import open_sink
-from .usage.sqlite import SQLiteSink
 from .usage.watch import Watch
 
 _EVERY: Final = 1.0  # seconds between two looks
@@ -100,10 +98,7 @@ def _unmute(options: argparse.Namespace) -> int:
 
 
 def _watch(options: argparse.Namespace) -> Watch:
-    sink = open_sink(usage_url(options))
-    if not isinstance(sink, SQLiteSink):
-        raise ConfigurationError("signs are looked for in an SQLite usage file: sqlite:///usage.db")
-    return Watch(sink.path, log=False)  # the app's log is the app's to fill
+    return Watch(usage_url(options), log=False)  # the app's log is the app's to fill
 
 
 def _print(alerts: Iterable[Alert], options: argparse.Namespace, *, empty: bool = True) -> None:

@@ -244,6 +244,7 @@ def _tried(engine: Engine) -> Engine:
 
 
 def _write(connection: Connection, tables: UsageTables, batch: Batch, known: Known) -> None:
+    # The mark before the events: who looks for signs tells by it who is at work (`ledger_sql.py`).
     if not _first_time(connection, tables.batches, batch):
         return
     # Keys first: whoever adds to a key's row holds it to the end, so the bounds below are exact.
@@ -400,6 +401,8 @@ def _forget(connection: Connection, table: Table, old: Expired, most: int) -> in
     too_old = select(*table.primary_key).where(table.c[old.column] < old.oldest).limit(most)
     if old.step is not None:
         too_old = too_old.where(table.c.step == old.step)
+    if old.table == "usage_events":  # or SQLite would give its number again
+        too_old = too_old.where(table.c.id != select(func.max(table.c.id)).scalar_subquery())
     rows = connection.execute(too_old).all()
     if rows:
         names = [f"this_{column.name}" for column in table.primary_key]

@@ -141,6 +141,8 @@ def _file(path: Path) -> _File | None:
 def _forget(connection: sqlite3.Connection, old: Expired, most: int) -> int:
     identity = IDENTITY[old.table]
     condition = "step = :step and " if old.step else ""
+    if old.table == "usage_events":
+        condition = "id <> (select max(id) from usage_events) and "  # or its number would be given again
     gone = connection.execute(
         f"delete from {old.table} where ({identity}) in "  # noqa: S608 - words of ours
         f"(select {identity} from {old.table} where {condition}{old.column} < :oldest limit :most)",

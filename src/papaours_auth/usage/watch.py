@@ -1,4 +1,4 @@
-"""Looking for signs of compromise in the file that an `SQLiteSink` fills, whoever and how many fill it.
+"""Looking for signs of compromise where usage is kept, whoever and how many record it.
 
 A step reads what is new, computes without a lock, and writes states, alerts and the position in one transaction. What
 reads the same at once, in another process, loses that race and leaves nothing: no alert is lost or doubled.
@@ -9,41 +9,38 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from statistics import median
 from typing import Final, NamedTuple, TypeAlias
-from urllib.parse import quote
 
-from ..exceptions import InvalidInput, NotFound, StoreUnavailable
+from ..exceptions import NotFound, StoreUnavailable
 from . import alert_table
 from .alerts import FOREVER, Alert, Book, Sign
 from .event import VERSION, Event, Refusals
+from .ledger import Desk, Ledger, ask_of_each, open_ledger
+from .reader import Ask, Cell, Row, micro
 from .signs import ATTEMPTS, Detector, place_of
 from .sinks import Batch, Sink
 
 logger = logging.getLogger("papaours_auth.usage.signs")
 
-_TABLES: Final = (
-    """
-create table if not exists usage_signs(place text not null unique, kind text not null, seen integer not null,
-  weight integer not null, state text not null) strict;
-create index if not exists usage_signs_worth on usage_signs(kind, weight, seen);
-create table if not exists usage_signs_position(one integer primary key check(one = 1), event integer not null,
-  turn integer not null) strict;
-create table if not exists usage_signs_refusals(minute integer not null, reason text not null,
-  network text not null, count integer not null, primary key(minute, reason, network)) strict, without rowid;
-create table if not exists usage_signs_told(reader text primary key, turn integer not null,
-  alert integer not null) strict, without rowid;
-insert or ignore into usage_signs_position values (1, 0, 0);
-"""
-    + alert_table.TABLE
+_EVENTS: Final = (
+    "select id, event_id, time, key_id, machine_id, address, method, route, status, reason, outcome, service, "
+    "environment, duration, request_id from usage_events where id > :position order by id limit :most"
 )
-_COLUMNS: Final = (
-    "event_id, time, key_id, machine_id, address, method, route, status, reason, outcome, service, "
-    "environment, duration, request_id"
+_ATTEMPTS: Final = {f"a{place}": reason for place, reason in enumerate(sorted(ATTEMPTS))}
+_GROWN: Final = (
+    "select r.minute, r.reason, r.network, r.count, s.count from usage_refusals r "  # noqa: S608 - our words
+    "left join usage_signs_refusals s on s.minute = r.minute and s.reason = r.reason and s.network = r.network "
+    f"where r.minute >= :horizon and r.reason in ({', '.join(f':{name}' for name in _ATTEMPTS)}) "
+    "and r.count > coalesce(s.count, 0) order by r.minute limit :most"
+)
+_TIDY: Final = (
+    "delete from usage_signs_refusals where not exists (select 1 from usage_refusals r "
+    "where r.minute = usage_signs_refusals.minute and r.reason = usage_signs_refusals.reason "
+    "and r.network = usage_signs_refusals.network)"
 )
 _HOUR: Final = 3_600_000_000
 _RECENT: Final = 101  # events whose median time says what time it is
@@ -51,7 +48,6 @@ _MOST: Final = {"network": 4096, "key": 100_000}
 _STEPS_PER_WRITE: Final = 4
 _TIDY_EVERY: Final = 1000  # turns
 _LOG: Final = "log"
-_UNREADABLE: Final = "the usage file cannot be read: has anything been recorded in it?"
 
 Notify = Callable[[Alert], object]
 Place: TypeAlias = tuple[int, int]
@@ -64,52 +60,64 @@ class _Taken(NamedTuple):
     turn: int
     position: int
     events: Sequence[Event]
-    refusals: Sequence[tuple[Refusals, int]]  # what is new, and the count it came to
+    refusals: Sequence[_Grown]
     states: dict[str, str]
     alerts: Sequence[Alert]
+    unsettled: int  # 0, or the last number there is, where a lower one may still appear
 
     def __bool__(self) -> bool:
         return bool(self.events or self.refusals)
 
 
+class _Grown(NamedTuple):
+    """What is new of a row of refusals, what it came to, and what was read of it before."""
+
+    new: Refusals
+    total: int
+    before: int | None
+
+
 class Watch:
-    """Finds signs in a usage file, and keeps their alerts in it (``usage_alerts``).
+    """Finds signs in recorded events, and keeps their alerts beside them (``usage_alerts``).
+
+    Takes a file, a URL as sinks take them, or a ledger (`SQLLedger` over an engine of yours).
 
     ``notify`` is called with each alert that is opened or becomes worse, unless it is muted; what it raises is
     logged, and it gets the alert again at the next step: at least once. ``reader`` names it, so that it goes on
     where it stopped; a new one hears of what comes after. With ``log``, each alert also goes to the log
     ``papaours_auth.usage.signs``.
 
-    Opens the file for each call, so it may cross a fork, and several may watch one file. Raises `StoreUnavailable`.
+    It may cross a fork, and several may watch the same. Raises `StoreUnavailable`.
     """
 
     def __init__(
         self,
-        path: Path | str,
+        source: Path | str | Ledger,
         *,
         notify: Notify | None = None,
         reader: str = "app",
         log: bool = True,
         batch: int = 5_000,
     ) -> None:
-        self._uri = f"file:{quote(str(Path(path).absolute()))}?mode=rw"
+        self._ledger = open_ledger(source)
         self._told: dict[str, Notify] = {_LOG: _log} if log else {}
         if notify is not None:
             self._told[f"reader {reader}"] = notify
         self._batch = batch
+        self._settled = 0
         self._ready = False
         self._failed = False
 
     def step(self) -> int:
         """Read at most a batch, tell of what was found, and give how much was read: 0 when all is read."""
-        with self._open() as connection:
-            taken = self._take(connection)
+        with self._prepared() as ledger:
+            taken = self._take(ledger)
             if taken:
                 detector, book = Detector(taken.states), Book(taken.alerts)
                 _feed(taken, detector, book)
-                with _transaction(connection):
-                    _keep(connection, taken, detector, book)
-            self._tell(connection)
+                with ledger.writing() as desk:
+                    _keep(desk, taken, detector, book)
+            self._tell(ledger)
         return len(taken.events) + len(taken.refusals)
 
     def catch_up(self) -> int:
@@ -121,24 +129,23 @@ class Watch:
 
     def alerts(self, *, since: datetime | None = None, sign: Sign | None = None) -> list[Alert]:
         """List alerts that were extended since then, muted ones too, the latest first. At most 1,000."""
-        with self._open() as connection:
-            return alert_table.since(connection, _micro(since) if since is not None else -FOREVER, sign)
+        with self._prepared() as ledger, ledger.reading() as ask:
+            return alert_table.since(ask, micro(since) if since is not None else -FOREVER, sign)
 
     def alert(self, number: int) -> Alert:
         """Give one alert. Raises `NotFound`."""
-        with self._open() as connection:
-            return _numbered(connection, number)
+        with self._prepared() as ledger, ledger.reading() as ask:
+            return _numbered(ask, number)
 
     def news(self, after: Place | None = None) -> tuple[list[Alert], Place]:
         """List alerts that were opened or became worse after a place, and give the place to go on from.
 
         Without one: none, and the place from which on all is news.
         """
-        with self._open() as connection:
+        with self._prepared() as ledger, ledger.reading() as ask:
             if after is None:
-                (turn,) = connection.execute("select turn from usage_signs_position").fetchone()
-                return [], (turn, FOREVER)
-            found = alert_table.untold(connection, *after)
+                return [], (_place(ask)[1], FOREVER)
+            found = alert_table.untold(ask, *after)
         alerts = [alert for _, alert in found if not alert.muted]
         return alerts, (found[-1][0], found[-1][1].id) if found else after
 
@@ -147,96 +154,94 @@ class Watch:
 
         It is still extended, and listed. The time is that of the calls.
         """
-        return self._mute(number, _micro(until) if until is not None else FOREVER)
+        return self._mute(number, micro(until) if until is not None else FOREVER)
 
     def unmute(self, number: int) -> Alert:
         """End a muting. Raises `NotFound`."""
         return self._mute(number, 0)
 
     def _mute(self, number: int, until: int) -> Alert:
-        with self._open() as connection, _transaction(connection):
-            alert_table.mute(connection, _numbered(connection, number), until)
-            return _numbered(connection, number)
+        with self._prepared() as ledger, ledger.writing() as desk:
+            alert_table.mute(desk, _numbered(desk.ask, number), until)
+            # A step that is computing begins anew: what it would open was not born muted.
+            desk.do("update usage_signs_position set turn = turn + 1", [{}])
+            return _numbered(desk.ask, number)
 
     @contextlib.contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
+    def _prepared(self) -> Iterator[Ledger]:
+        """Give the ledger with its tables made: after a failure once more, as it may come back as another."""
         try:
-            with contextlib.closing(
-                sqlite3.connect(self._uri, uri=True, timeout=5.0, isolation_level=None)
-            ) as connection:
-                connection.execute("pragma synchronous=normal")  # as the sink has it
-                if not self._ready:
-                    self._prepare(connection)
-                yield connection
-        except sqlite3.Error as error:
-            self._ready = False  # it may come back as another file
-            raise StoreUnavailable(_UNREADABLE) from error
+            if not self._ready:
+                self._ledger.prepare()
+                with self._ledger.writing() as desk:
+                    _register(desk, self._told)
+                self._ready = True
+            yield self._ledger
+        except StoreUnavailable:
+            self._ready = False
+            raise
 
-    def _prepare(self, connection: sqlite3.Connection) -> None:
-        connection.execute("select 1 from usage_events limit 1")  # before anything is made in another's file
-        with _transaction(connection):
-            for statement in filter(str.strip, _TABLES.split(";")):  # `executescript` would commit
-                connection.execute(statement)
-            for reader in self._told:
-                connection.execute(
-                    "insert or ignore into usage_signs_told select ?, turn, ? from usage_signs_position",
-                    (reader, FOREVER),
-                )
-        self._ready = True
+    def _take(self, ledger: Ledger) -> _Taken:
+        with ledger.reading() as ask:
+            taken = self._read(ask)
+        if taken.unsettled:
+            settled = ledger.settled(taken.unsettled)
+            if settled > self._settled:
+                self._settled = settled
+                with ledger.reading() as ask:  # with what has appeared meanwhile
+                    return self._read(ask)
+        return taken
 
-    def _take(self, connection: sqlite3.Connection) -> _Taken:
-        connection.execute("begin")
-        try:
-            position, turn = connection.execute("select event, turn from usage_signs_position").fetchone()
-            (last,) = connection.execute("select max(id) from usage_events").fetchone()
-            if (last or 0) < position:  # all was forgotten, and the numbers began anew
-                position = 0
-            refusals = self._new_refusals(connection, _horizon(connection, position))
-            # While refusals are behind, events wait: the horizon goes with them.
-            events = [] if len(refusals) >= self._batch else self._new_events(connection, position)
-            fed: list[Event | Refusals] = [*(event for _, event in events), *(entry for entry, _ in refusals)]
-            return _Taken(
-                turn,
-                events[-1][0] if events else position,
-                [event for _, event in events],
-                refusals,
-                _states(connection, {place_of(one) for one in fed}),
-                alert_table.latest(
-                    connection, {one.network if isinstance(one, Refusals) else one.key_id for one in fed}
-                ),
-            )
-        finally:
-            connection.execute("rollback")
-
-    def _new_events(self, connection: sqlite3.Connection, position: int) -> list[tuple[int, Event]]:
-        rows = connection.execute(
-            f"select id, {_COLUMNS} from usage_events where id > ? order by id limit ?",  # noqa: S608 - our words
-            (position, self._batch),
+    def _read(self, ask: Ask) -> _Taken:
+        position, turn = _place(ask)
+        ((last,),) = ask("select max(id) from usage_events", {})
+        if (last or 0) < position:  # all was deleted, and the numbers may begin anew
+            position = 0
+        grown = self._grown(ask, _horizon(ask, position))
+        # While refusals are behind, events wait: the horizon goes with them.
+        found = [] if len(grown) >= self._batch else self._events(ask, position)
+        events = found[: _whole(found, position, self._settled)]
+        fed: list[Event | Refusals] = [*(event for _, event in events), *(one.new for one in grown)]
+        return _Taken(
+            turn,
+            events[-1][0] if events else position,
+            [event for _, event in events],
+            grown,
+            _states(ask, {place_of(one) for one in fed}),
+            alert_table.latest(
+                ask, [one.network if isinstance(one, Refusals) else one.key_id for one in fed]
+            ),
+            last if len(events) < len(found) else 0,
         )
+
+    def _events(self, ask: Ask, position: int) -> list[tuple[int, Event]]:
+        rows = ask(_EVENTS, {"position": position, "most": self._batch})
         return [(number, Event(VERSION, *row)) for number, *row in rows]
 
-    def _new_refusals(self, connection: sqlite3.Connection, horizon: int) -> list[tuple[Refusals, int]]:
-        rows = connection.execute(
-            "select r.minute, r.reason, r.network, r.count - coalesce(s.count, 0), r.count from usage_refusals r "
-            "left join usage_signs_refusals s using(minute, reason, network) where r.minute >= ? "
-            "and r.reason in (select value from json_each(?)) and r.count > coalesce(s.count, 0) "
-            "order by r.minute limit ?",
-            (horizon, json.dumps(sorted(ATTEMPTS)), self._batch),
-        )
-        return [(Refusals(*row[:-1]), row[-1]) for row in rows]
+    def _grown(self, ask: Ask, horizon: int) -> list[_Grown]:
+        rows = ask(_GROWN, {**_ATTEMPTS, "horizon": horizon, "most": self._batch})
+        return [
+            _Grown(Refusals(minute, reason, network, count - (before or 0)), count, before)
+            for minute, reason, network, count, before in rows
+        ]
 
-    def _tell(self, connection: sqlite3.Connection) -> None:
+    def _tell(self, ledger: Ledger) -> None:
         for reader, notify in self._told.items():
-            row = connection.execute(
-                "select turn, alert from usage_signs_told where reader = ?", (reader,)
-            ).fetchone()
-            for turn, alert in alert_table.untold(connection, *row):
+            for turn, alert in self._untold(ledger, reader):
                 if not alert.muted and not self._notified(notify, alert):
                     break
-                connection.execute(
-                    "update usage_signs_told set turn = ?, alert = ? where reader = ?",
-                    (turn, alert.id, reader),
-                )
+                with ledger.writing() as desk:
+                    desk.do(
+                        "update usage_signs_told set turn = :turn, alert = :alert where reader = :reader",
+                        [{"turn": turn, "alert": alert.id, "reader": reader}],
+                    )
+
+    def _untold(self, ledger: Ledger, reader: str) -> list[tuple[int, Alert]]:
+        with ledger.reading() as ask:
+            rows = ask("select turn, alert from usage_signs_told where reader = :reader", {"reader": reader})
+            if not rows:
+                self._ready = False  # it came back as another
+            return [told for turn, alert in rows for told in alert_table.untold(ask, turn, alert)]
 
     def _notified(self, notify: Notify, alert: Alert) -> bool:
         try:
@@ -253,7 +258,7 @@ class Watch:
 
 
 class WatchingSink:
-    """An `SQLiteSink`'s wrapper for apps that want alerts in process: watches the file after each batch.
+    """A sink's wrapper for apps that want alerts in process: watches what it stores after each batch.
 
     Recording never suffers: what goes wrong is logged. Several processes may each have one; an alert is opened by
     one of them. A busy service better runs ``papaours-auth signs --follow`` beside.
@@ -278,8 +283,32 @@ class WatchingSink:
             self._said = ""
 
 
+def _place(ask: Ask) -> tuple[int, int]:
+    """Give the number of the last event that was read, and the turn."""
+    ((position, turn),) = ask("select event, turn from usage_signs_position", {})
+    return position, turn
+
+
+def _register(desk: Desk, readers: Iterable[str]) -> None:
+    for reader in readers:
+        if not desk.ask("select 1 from usage_signs_told where reader = :reader", {"reader": reader}):
+            desk.do(
+                "insert into usage_signs_told(reader, turn, alert) values (:reader, :turn, :alert)",
+                [{"reader": reader, "turn": _place(desk.ask)[1], "alert": FOREVER}],
+            )
+
+
+def _whole(found: Sequence[tuple[int, Event]], position: int, settled: int) -> int:
+    """Count the events before the first gap that may still be filled."""
+    for place, (number, _) in enumerate(found):
+        if number > max(position, settled) + 1:
+            return place
+        position = number
+    return len(found)
+
+
 def _feed(taken: _Taken, detector: Detector, book: Book) -> None:
-    for refusals, _ in taken.refusals:
+    for refusals, *_ in taken.refusals:
         for finding in detector.refusals(refusals):
             book.note(finding)
     for event in taken.events:
@@ -287,86 +316,91 @@ def _feed(taken: _Taken, detector: Detector, book: Book) -> None:
             book.note(finding)
 
 
-def _keep(connection: sqlite3.Connection, taken: _Taken, detector: Detector, book: Book) -> None:
-    moved = connection.execute(
-        "update usage_signs_position set event = ?, turn = ? where turn = ?",
-        (taken.position, taken.turn + 1, taken.turn),
-    )
-    if moved.rowcount != 1:
+def _keep(desk: Desk, taken: _Taken, detector: Detector, book: Book) -> None:
+    if _place(desk.ask)[1] != taken.turn:
         return  # another process was faster: the next step begins where it stopped
-    connection.executemany(
-        "insert into usage_signs values (?, ?, ?, ?, ?) on conflict(place) do update "
-        "set seen = excluded.seen, weight = excluded.weight, state = excluded.state",
+    turn = taken.turn + 1
+    desk.do(
+        "update usage_signs_position set event = :event, turn = :turn",
+        [{"event": taken.position, "turn": turn}],
+    )
+    _keep_states(desk, detector)
+    _keep_refusals(desk, taken.refusals)
+    alert_table.keep(desk, book.changed(), {alert.id: alert for alert in taken.alerts}, turn)
+    _forget(desk)
+    if taken.turn % _TIDY_EVERY == 0:
+        desk.do(_TIDY, [{}])
+
+
+def _keep_states(desk: Desk, detector: Detector) -> None:
+    desk.do("delete from usage_signs where place = :place", [{"place": place} for place in detector.habits])
+    desk.do(
+        "insert into usage_signs(place, kind, seen, weight, state) values (:place, :kind, :seen, :weight, :state)",
         [
-            (place, place.partition(" ")[0], habits.seen, habits.weight, habits.dump())
+            {
+                "place": place,
+                "kind": place.partition(" ")[0],
+                "seen": habits.seen,
+                "weight": habits.weight,
+                "state": habits.dump(),
+            }
             for place, habits in detector.habits.items()
         ],
     )
-    connection.executemany(
-        "insert into usage_signs_refusals values (?, ?, ?, ?) on conflict do update set count = excluded.count",
-        [(*refusals[:3], count) for refusals, count in taken.refusals],
+
+
+def _keep_refusals(desk: Desk, refusals: Iterable[_Grown]) -> None:
+    known: list[dict[str, Cell]] = []
+    unknown: list[dict[str, Cell]] = []
+    for (minute, reason, network, _), total, before in refusals:
+        row: dict[str, Cell] = {"minute": minute, "reason": reason, "network": network, "count": total}
+        (unknown if before is None else known).append(row)
+    desk.do(
+        "update usage_signs_refusals set count = :count "
+        "where minute = :minute and reason = :reason and network = :network",
+        known,
     )
-    alert_table.keep(connection, book.changed(), {alert.id: alert for alert in taken.alerts}, taken.turn + 1)
-    _forget(connection)
-    if taken.turn % _TIDY_EVERY == 0:
-        connection.execute(
-            "delete from usage_signs_refusals where (minute, reason, network) not in "
-            "(select minute, reason, network from usage_refusals)"
-        )
+    desk.do(
+        "insert into usage_signs_refusals(minute, reason, network, count) "
+        "values (:minute, :reason, :network, :count)",
+        unknown,
+    )
 
 
-def _forget(connection: sqlite3.Connection) -> None:
+def _forget(desk: Desk) -> None:
     for kind, most in _MOST.items():
-        (known,) = connection.execute("select count(*) from usage_signs where kind = ?", (kind,)).fetchone()
+        ((known,),) = desk.ask("select count(*) from usage_signs where kind = :kind", {"kind": kind})
         if known > most:
-            connection.execute(
-                "delete from usage_signs where rowid in "
-                "(select rowid from usage_signs where kind = ? order by weight, seen limit ?)",
-                (kind, known - most),
+            worth_least: Sequence[Row] = desk.ask(
+                "select place from usage_signs where kind = :kind order by weight, seen limit :most",
+                {"kind": kind, "most": known - most},
             )
-    alert_table.forget(connection)
+            desk.do(
+                "delete from usage_signs where place = :place", [{"place": place} for (place,) in worth_least]
+            )
+    alert_table.forget(desk)
 
 
-def _horizon(connection: sqlite3.Connection, position: int) -> int:
+def _horizon(ask: Ask, position: int) -> int:
     """Say from when on refusals may still grow: an hour before the median of the events read last."""
-    rows = connection.execute(
-        "select time from usage_events where id <= ? order by id desc limit ?", (position, _RECENT)
+    rows = ask(
+        "select time from usage_events where id <= :position order by id desc limit :most",
+        {"position": position, "most": _RECENT},
     )
     times = [time for (time,) in rows]
     return int(median(times)) - _HOUR if times else -FOREVER
 
 
-def _states(connection: sqlite3.Connection, places: set[str]) -> dict[str, str]:
-    return dict(
-        connection.execute(
-            "select place, state from usage_signs where place in (select value from json_each(?))",
-            (json.dumps(list(places)),),
-        )
-    )
+def _states(ask: Ask, places: set[str]) -> dict[str, str]:
+    rows = ask_of_each(ask, "select place, state from usage_signs where place in (:names)", places)
+    return {row[0]: row[1] for row in rows}
 
 
-def _numbered(connection: sqlite3.Connection, number: int) -> Alert:
-    alert = alert_table.numbered(connection, number)
+def _numbered(ask: Ask, number: int) -> Alert:
+    alert = alert_table.numbered(ask, number)
     if alert is None:
         raise NotFound("there is no alert of this number: 'papaours-auth signs' lists them")
     return alert
-
-
-@contextlib.contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    connection.execute("begin immediate")
-    try:
-        yield
-    except BaseException:
-        connection.execute("rollback")
-        raise
-    connection.execute("commit")
-
-
-def _micro(moment: datetime) -> int:
-    if moment.tzinfo is None:
-        raise InvalidInput("a time without its zone could mean any of them: give one")
-    return int(moment.timestamp() * 1e6)
 
 
 def _log(alert: Alert) -> None:
