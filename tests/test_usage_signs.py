@@ -1028,7 +1028,7 @@ class Paused:
         self._sink.create()
         self._written, self._go, self._fails = threading.Event(), threading.Event(), fails
         if numbered:
-            listen(self._sink._engine, "after_cursor_execute", self._wait_numbered)
+            listen(self._sink._engine, "before_cursor_execute", self._wait_numbered)
         else:
             listen(self._sink._engine, "commit", self._wait)
         self._thread = threading.Thread(target=self._write, args=(Batch(producer, 1, fed),))
@@ -1036,7 +1036,7 @@ class Paused:
         assert self._written.wait(20)
 
     def _wait_numbered(self, connection: Connection, _: object, statement: str, *__: object) -> None:
-        if "usage_events" in statement and statement.lower().startswith("insert"):
+        if "usage_series" in statement:  # the next after the events, which PostgreSQL has from a COPY
             self._wait(connection)
 
     def _write(self, batch: Batch) -> None:
