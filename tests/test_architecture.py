@@ -56,6 +56,7 @@ LAYERS = [
         "usage/ledger_sqlite.py",
         "usage/memory.py",
         "usage/meter.py",
+        "usage/mix.py",
         "usage/metrics.py",
         "usage/novelty.py",
         "usage/opentelemetry.py",

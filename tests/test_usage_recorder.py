@@ -251,6 +251,8 @@ def test_old_events_go_and_a_batch_comes_once(tmp_path: Path) -> None:
         call(recorder)
     for batch in batches * 2:
         sink.write(batch)
+    sink._pruned = float("-inf")  # a minute later, and for an old one that was the newest when it came
+    sink.write(batches[-1])
     assert rows(sink.path, "select 1, count(*) from usage_events") == {1: 1}
     assert rows(sink.path, "select 1, calls from usage_keys") == {1: 2}
 
@@ -259,13 +261,15 @@ def test_more_old_events_than_go_at_once_go_with_the_next_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("papaours_auth.usage.sqlite._PRUNE_ROWS", 10)
-    sink, made = SQLiteSink(tmp_path / "usage.db"), begin_call(CALLER, None, "GET")
+    path, made = tmp_path / "usage.db", begin_call(CALLER, None, "GET")
     made.ended = made.started
     old = event_from(made, "e", -1e12, "")
-    sink.write(Batch("p", 1, [old] * 25))
+    SQLiteSink(path, retention=Retention(events=50_000)).write(Batch("p", 1, [old] * 25))
+    sink, left = SQLiteSink(path), []
     for sequence in range(2, 6):
         sink.write(Batch("p", sequence, [event_from(made, "e", 1e9, "")]))
-    assert rows(sink.path, "select time = 0, count(*) from usage_events group by 1").get(1) is None
+        left.append(rows(path, "select time = 0, count(*) from usage_events group by 1").get(1, 0))
+    assert left == [15, 5, 0, 0]
 
 
 @pytest.mark.parametrize("url", ["gopher://x", "sqlite:///", "sqlite:///:memory:", "usage.db"])
