@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -27,6 +28,7 @@ from papaours_auth import (
 )
 from papaours_auth.stores import Author, Found, Store
 from papaours_auth.stores.sqlite import SQLiteStore
+from papaours_auth.stores.sqlite_wal import turn_to_wal
 from papaours_auth.verify import Claim, read
 from support.servers import wait_until
 
@@ -103,6 +105,31 @@ def test_processes_that_create_at_once_make_one_store(tmp_path: Path) -> None:
     outputs = {creator.communicate(timeout=60)[0] for creator in creators}
     assert len(outputs) == 1
     assert {creator.returncode for creator in creators} == {0}
+
+
+class Locked:
+    """A connection whose file another process turns to WAL at the same time, so many times."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+        self.said: list[str] = []
+
+    def execute(self, statement: str) -> None:
+        self.said.append(statement)
+        if statement == "pragma journal_mode = wal":
+            self.times -= 1
+            if self.times >= 0:
+                raise sqlite3.OperationalError("database is locked")
+
+
+def test_a_file_that_another_turns_to_wal_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    turn, wait = "pragma journal_mode = wal", ["begin immediate", "rollback"]
+    connection = Locked(2)
+    turn_to_wal(cast("Any", connection))
+    assert connection.said == [turn, *wait, turn, *wait, turn]
+    monkeypatch.setattr("papaours_auth.stores.sqlite_wal._PATIENCE", -1.0)
+    with pytest.raises(sqlite3.OperationalError):
+        turn_to_wal(cast("Any", Locked(1)))
 
 
 def test_a_fork_leaves_parent_and_child_with_connections_of_their_own(

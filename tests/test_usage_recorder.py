@@ -78,6 +78,16 @@ def test_what_a_dead_sink_leaves_in_the_spool_comes_later_and_in_memory_is_count
     assert not list((tmp_path / "spool").glob("*"))
 
 
+def test_a_sink_with_a_bad_moment_at_the_end_is_asked_again_where_all_would_be_lost(tmp_path: Path) -> None:
+    sink = Faulty(tmp_path / "usage.db", "down", "reply lost", "work")
+    recorder = Recorder(sink, interval=SLOW)
+    call(recorder)
+    wait_until(lambda: recorder.stats().sink_failures == 1, 10, what="the thread's first try")
+    recorder.close()
+    assert rows(tmp_path / "usage.db") == {200: 1}
+    assert recorder.stats().lost == 0
+
+
 def test_memory_is_bounded_and_what_does_not_fit_is_counted(tmp_path: Path) -> None:
     with Recorder(Faulty(tmp_path / "usage.db", *["down"] * 99), interval=SLOW, max_pending=100) as recorder:
         for _ in range(1000):

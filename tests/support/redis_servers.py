@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from .servers import wait_until
+from .servers import is_stopped, wait_until
 
 START_SECONDS = 30.0
 HOST = "127.0.0.1"
@@ -107,6 +108,8 @@ class RedisServer:
 
     def freeze(self) -> None:
         self._signal(signal.SIGSTOP)
+        if self.process is not None:
+            wait_until(partial(is_stopped, self.process.pid), 10, what="Redis to stop")
 
     def thaw(self) -> None:
         self._signal(signal.SIGCONT)

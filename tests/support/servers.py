@@ -102,6 +102,12 @@ def stop(process: subprocess.Popen[bytes]) -> int:
         return process.wait()
 
 
+def is_stopped(pid: int) -> bool:
+    """Tell whether SIGSTOP has reached every thread of a process: some run on for a moment after it was sent."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/stat")
+    return all(task.read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
+
+
 def wait_until(condition: Callable[[], bool], seconds: float, *, what: str | Callable[[], str]) -> None:
     """Look for a condition until it holds; fail the test where it does not in time, saying what was waited for."""
     deadline = time.monotonic() + seconds

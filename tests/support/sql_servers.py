@@ -13,7 +13,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
@@ -22,7 +22,7 @@ import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.exc import DBAPIError
 
-from support.servers import START_SECONDS, wait_until
+from support.servers import START_SECONDS, is_stopped, wait_until
 
 PASSWORD = "hunter2-“é”"
 
@@ -93,7 +93,8 @@ class SQLServer:
 
     def pause(self) -> None:
         """Stop all its processes in the middle of what they do: its sockets stay open and nobody answers."""
-        self._signal(signal.SIGSTOP)
+        for pid in self._signal(signal.SIGSTOP):
+            wait_until(partial(is_stopped, pid), 10, what=f"process {pid} to stop")
 
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
@@ -114,11 +115,13 @@ class SQLServer:
             self._process = None
         (self.folder / "data" / "postmaster.pid").unlink(missing_ok=True)
 
-    def _signal(self, number: int) -> None:
+    def _signal(self, number: int) -> list[int]:
         if self._process is None:
             raise AssertionError("the server does not run")
-        for pid in (self._process.pid, *children(self._process.pid)):
+        processes = [self._process.pid, *children(self._process.pid)]
+        for pid in processes:
             os.kill(pid, number)
+        return processes
 
 
 def children(parent: int) -> list[int]:

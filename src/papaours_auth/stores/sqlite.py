@@ -52,6 +52,7 @@ from .records import (
     read_key,
     read_machine,
 )
+from .sqlite_wal import turn_to_wal
 
 POLL_INTERVAL: Final = 0.02
 """Seconds between two looks at ``PRAGMA data_version``: 6 µs each, so 0.03 % of a core."""
@@ -576,7 +577,7 @@ def _create(path: Path) -> None:
         ) from None
     connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None)
     try:
-        connection.execute("pragma journal_mode = wal")
+        turn_to_wal(connection)
         connection.execute("pragma synchronous = full")
         connection.execute("begin immediate")
         version = int(connection.execute("pragma user_version").fetchone()[0])

@@ -18,6 +18,7 @@ logger = logging.getLogger("papaours_auth.usage")
 _SLOWEST_RETRY: Final = 5.0
 _LONGEST_HOLD: Final = 10.0
 _REMIND_AFTER: Final = 60.0
+_LAST_PAUSES: Final = (0.05, 0.1, 0.2, 0.4)
 
 
 class Delivery(NamedTuple):
@@ -47,6 +48,8 @@ class Keeper(Protocol):
     trouble: Trouble
     idle: bool
     """Nobody delivers yet: the next call says so."""
+    lasting: bool
+    """Whether what is not delivered at the end is left for another process, and not lost."""
 
     def sent(self, call: Call) -> None:
         """Keep a call whose answer is about to begin; with a spool, it is safe from then on."""
@@ -106,7 +109,7 @@ class Courier:
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._held = False
-        self.closing = False
+        self.closing = self._abandoned = False
         self.trouble = Trouble("the usage sink")
         self.reading = Trouble("the reading of usage")  # of what is kept, and of what dead processes left
         self.caught_up = time.monotonic()  # when all was delivered, or we began
@@ -184,13 +187,20 @@ class Courier:
             return
         thread.join(timeout)
         if thread.is_alive():
+            self._abandoned = True
             self._keeper.abandon()
             logger.warning("the usage sink does not come back: %d events wait", self._keeper.counts().pending)
         self.say_lost()
 
     def finish(self) -> None:
-        """Deliver for the last time."""
-        self.deliver(last=True)
+        """Deliver for the last time. A sink that has a bad moment is asked again where all would be lost."""
+        fine = self.deliver(last=True)
+        for pause in () if self._keeper.lasting else _LAST_PAUSES:
+            if fine or self._abandoned:
+                break
+            self._wake.clear()  # nobody wakes it any more
+            self._wake.wait(pause)
+            fine = self.deliver(last=True)
         with self._sending:
             self._keeper.close()
             self.say_lost()

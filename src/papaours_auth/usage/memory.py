@@ -21,6 +21,8 @@ _monotonic: Final = time.monotonic  # bound once: each call pays for it
 class Memory:
     """A keeper. At most ``bound`` ended calls wait, and as many events that are on their way."""
 
+    lasting = False
+
     def __init__(
         self, producer: str, service: str, bound: int, tally: Tally, on_first: Callable[[], None]
     ) -> None:

@@ -43,6 +43,8 @@ class Spooled:
     A thread of its own makes spares: the courier may be waiting for a sink that hangs.
     """
 
+    lasting = True
+
     def __init__(
         self, producer: str, service: str, options: SpoolOptions, tally: Tally, on_first: Callable[[], None]
     ) -> None:

@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from .._fork import hold_across_fork
 from ..exceptions import StoreUnavailable
+from ..stores.sqlite_wal import turn_to_wal
 from . import rollup
 from .layout import IDENTITY, VERSION, newer, prepare, transaction, version_of
 from .reader import Ask, Cell, Row
@@ -108,7 +109,7 @@ class SQLiteSink:
         connection = sqlite3.connect(self.path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
         try:
             connection.execute(f"pragma cache_size = -{_CACHE}")
-            connection.execute("pragma journal_mode=wal")
+            turn_to_wal(connection)
             prepare(connection)
             connection.execute("pragma synchronous=normal")  # SIGKILL is covered, power loss is not
         except BaseException:
