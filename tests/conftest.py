@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from papaours_auth import Keys, PepperRing, open_store, parse_peppers
+from papaours_auth import AsyncAuthenticator, Authenticator, Keys, PepperRing, open_store, parse_peppers
 from papaours_auth.stores import Store
-from papaours_auth.stores.memory import MemoryStore
+from papaours_auth.stores.memory import AsyncMemoryStore, MemoryStore
 from support.doors import Door, Spy, open_door
 from support.sql_servers import SQLServer, mariadb, postgresql
 
@@ -79,6 +80,19 @@ def memory(ring: PepperRing) -> MemoryStore:
     )
     keys.import_key(machine.id, "pk_prod_abc123def456ghi789", name="Production - Service Facturation")
     return store
+
+
+@pytest.fixture
+def waiting(memory: MemoryStore, ring: PepperRing) -> Iterator[AsyncAuthenticator]:
+    authenticator = AsyncAuthenticator(AsyncMemoryStore(memory), environment="prod", peppers=ring)
+    yield authenticator
+    asyncio.run(authenticator.aclose())
+
+
+@pytest.fixture
+def blocking(memory: MemoryStore, ring: PepperRing) -> Iterator[Authenticator]:
+    with Authenticator(memory, environment="prod", peppers=ring) as authenticator:
+        yield authenticator
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 # No `from __future__ import annotations`: FastAPI reads the annotations of the endpoints below, which are local.
 import asyncio
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 import pytest
@@ -28,19 +27,6 @@ from support.calls import http_scope
 SEED = "pk_prod_abc123def456ghi789"
 BEARER = {"Authorization": f"Bearer {SEED}"}
 LACKING = 'Bearer realm="papaours", error="insufficient_scope", scope="contrats:suppression"'
-
-
-@pytest.fixture
-def waiting(memory: MemoryStore, ring: PepperRing) -> Iterator[AsyncAuthenticator]:
-    authenticator = AsyncAuthenticator(AsyncMemoryStore(memory), environment="prod", peppers=ring)
-    yield authenticator
-    asyncio.run(authenticator.aclose())
-
-
-@pytest.fixture
-def blocking(memory: MemoryStore, ring: PepperRing) -> Iterator[Authenticator]:
-    with Authenticator(memory, environment="prod", peppers=ring) as authenticator:
-        yield authenticator
 
 
 # Starlette

@@ -43,7 +43,7 @@ from papaours_auth.throttle_storage import Limiter, Windows
 from papaours_auth.usage import Batch, CallableSink, Recorder
 from papaours_auth.wsgi import PapaoursAuthMiddleware as WSGIMiddleware
 from support.alone import run_alone
-from support.calls import Recorded, environ_of, http_scope, run_asgi, run_wsgi
+from support.calls import Recorded, environ_of, http_scope, run_asgi, run_wsgi, wsgi_ok
 from support.doors import Spy, Threaded
 from support.redis_servers import (
     NEWEST,
@@ -115,11 +115,6 @@ class Door:
 
     def statuses(self, key: str | None, times: int, address: str = HERE) -> list[int]:
         return [self.knock(key, address).status for _ in range(times)]
-
-
-def wsgi_ok(environ: Any, start_response: Any) -> list[bytes]:
-    start_response("200 OK", [])
-    return [b"ok"]
 
 
 @pytest.fixture(params=["asgi", "wsgi"])

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from support.counted import House, Load, Verdict, filled, signal_a_worker, small_disk
-from support.servers import Server, serving, stop, wait_until
+from support.servers import serving, stop, wait_for_workers, wait_until
 
 SCALE = float(os.environ.get("PAPAOURS_FAULT_SCALE", "0.1"))
 SERVERS = (
@@ -30,12 +30,6 @@ PHASES = 6
 CALLS = int(200_000 * SCALE) // len(SERVERS) // PHASES
 SINK_DOWN = max(2.0, 60.0 * SCALE)
 FINE = Verdict(lost=0, doubled=0, wrong=0, invented=0)
-
-
-def wait_for_workers(server: Server, started: int) -> None:
-    """Granian loses a SIGTERM that comes before a worker has started: `stop` would have to kill it, 20 s later."""
-    if b"granian" in server.log.read_bytes():
-        wait_until(lambda: server.log.read_bytes().count(b"Started worker") >= started, 30, what="workers")
 
 
 @pytest.mark.parametrize("name", SERVERS)

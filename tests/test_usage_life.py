@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.counted import House, Load, Verdict, signal_a_worker, workers
-from support.servers import Server, serving, stop, wait_until
+from support.servers import serving, stop, wait_for_workers
 
 FINE = Verdict(lost=0, doubled=0, wrong=0, invented=0)
 CALLS = 400
@@ -35,7 +35,7 @@ def test_one_event_per_call_when_a_server_is_asked_to_stop(name: str, tmp_path: 
     with serving(name, environ, tmp_path, "counted_app:app") as server:
         load.port = server.port
         load.drive(CALLS)
-        wait_for_workers(server, name)
+        wait_for_workers(server, 2 if name.endswith("workers") else 1)
         assert stop(server.process) in (0, -signal.SIGTERM)
     assert not load.unanswered
     assert load.judge(house.stored()) == FINE
@@ -53,13 +53,6 @@ def test_waitress_dies_of_a_sigterm_so_that_the_spool_is_needed(tmp_path: Path) 
     house.drain()
     assert load.judge(house.stored()) == FINE
     assert len(house.stored()) == CALLS
-
-
-def wait_for_workers(server: Server, name: str, started: int = 0) -> None:
-    """Granian loses a SIGTERM that comes before a worker has started."""
-    if name.startswith("granian"):
-        started = started or (2 if name.endswith("workers") else 1)
-        wait_until(lambda: server.log.read_bytes().count(b"Started worker") >= started, 30, what="workers")
 
 
 def test_reload_is_an_end_and_a_start(tmp_path: Path) -> None:
@@ -88,10 +81,10 @@ def test_a_worker_that_ends_in_order_under_load_loses_nothing(name: str, tmp_pat
     load = Load(house.clients)
     with serving(name, house.door(name), tmp_path, "counted_app:app") as server:
         load.port = server.port
-        wait_for_workers(server, name)
+        wait_for_workers(server, 2)
         with load.driving(CALLS * 4):
             load.wait_for(CALLS)
             signal_a_worker(server.process.pid, signal.SIGTERM)
-        wait_for_workers(server, name, 3)
+        wait_for_workers(server, 3)
     house.drain()
     assert load.judge(house.stored()) == FINE

@@ -16,20 +16,17 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from papaours_auth import Identity, Keys, PepperRing, Reason
+from papaours_auth import Identity, PepperRing, Reason
 from papaours_auth._fork import hold_across_fork
-from papaours_auth.asgi import PapaoursAuthMiddleware as ASGIMiddleware
 from papaours_auth.exceptions import ConfigurationError
 from papaours_auth.model import KeyInfo, MachineInfo
-from papaours_auth.stores.memory import AsyncMemoryStore, MemoryStore
 from papaours_auth.usage import Batch, CallableSink, Event, Recorder, Refusals, Tee
 from papaours_auth.usage.event import Outcome, begin_call
 from papaours_auth.usage.opentelemetry import OpenTelemetrySink
 from papaours_auth.usage.prometheus import PrometheusSink
 from papaours_auth.usage.sqlite import SQLiteSink
-from papaours_auth.wsgi import PapaoursAuthMiddleware as WSGIMiddleware
 from support.alone import run_alone
-from support.calls import Recorded, environ_of, http_scope, run_asgi, run_wsgi
+from support.usage import call_with_canaries
 
 SEED = "pk_prod_abc123def456ghi789"
 Labels = frozenset[tuple[str, str]]
@@ -279,33 +276,13 @@ def test_a_recorders_own_numbers_are_told() -> None:
 
 @pytest.mark.parametrize("door", ["asgi", "wsgi"])
 def test_pitfall_28_no_key_is_in_a_label(ring: PepperRing, door: str) -> None:
-    store = MemoryStore()
-    keys = Keys(store, peppers=ring)
-    machine = keys.create_machine("Service de facturation", organisation="cfa-lyon")
-    keys.import_key(machine.id, SEED, name="Production - Canari")
     metrics, metered = PrometheusSink(max_keys=5), Metered(max_keys=5)
     recorder = Recorder(Tee(metrics, metered.sink), interval=3600.0)
-    options: dict[str, Any] = {"environment": "prod", "peppers": ring, "usage": recorder}
-    for key in (SEED, SEED + "x"):
-        headers = [("X-API-KEY", key), ("X-Request-ID", key)]
-        if door == "asgi":
-            guard = ASGIMiddleware(Recorded(), store=AsyncMemoryStore(store), **options)
-            run_asgi(guard, http_scope(f"/{key}", headers))
-            guard.authenticator._stop_watching()
-        else:
-            shut = WSGIMiddleware(wsgi_ok, store=store, **options)
-            run_wsgi(shut, environ_of(f"/{key}", headers))
-            shut.authenticator.close()
-    recorder.close()
+    call_with_canaries(door, ring, recorder, SEED)
     found, told = prometheus(metrics), metered.read()
     assert sum(found["papaours_key_calls_total"].values()) == 1
     assert found["papaours_refusals_total"] == {of(reason=Reason.UNKNOWN_KEY): 1}
     assert SEED[8:] not in metrics.render().decode() + repr(told)
-
-
-def wsgi_ok(environ: Any, start_response: Any) -> list[bytes]:
-    start_response("200 OK", [])
-    return [b"ok"]
 
 
 COMMON = """

@@ -15,20 +15,16 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from papaours_auth import Identity, Keys, PepperRing, Reason
-from papaours_auth.asgi import PapaoursAuthMiddleware as ASGIMiddleware
+from papaours_auth import Identity, PepperRing, Reason
 from papaours_auth.exceptions import ConfigurationError, InvalidInput, StoreUnavailable
 from papaours_auth.model import KeyInfo, MachineInfo
 from papaours_auth.stores import redis_wire
-from papaours_auth.stores.memory import AsyncMemoryStore, MemoryStore
 from papaours_auth.stores.redis_wire import Link, connect
 from papaours_auth.usage import Batch, CallableSink, Event, Recorder, Refusals, Tee, open_sink
 from papaours_auth.usage import redis as usage_redis
 from papaours_auth.usage.event import Outcome, begin_call
 from papaours_auth.usage.redis import AsyncRedisUsage, RedisSink, RedisUsage
 from papaours_auth.usage.sqlite import Retention
-from papaours_auth.wsgi import PapaoursAuthMiddleware as WSGIMiddleware
-from support.calls import Recorded, environ_of, http_scope, run_asgi, run_wsgi
 from support.proxy import Proxy
 from support.redis_servers import (
     BINARIES,
@@ -42,6 +38,7 @@ from support.redis_servers import (
     speaks_tls,
 )
 from support.servers import wait_until
+from support.usage import call_with_canaries
 
 _numbers = itertools.count(1)
 NOW = int(time.time() * 1e6)
@@ -538,29 +535,9 @@ def test_a_tee_gives_each_sink_each_batch_and_the_later_ones_only_what_the_first
 @pytest.mark.parametrize("door", ["asgi", "wsgi"])
 def test_pitfall_28_no_key_is_in_a_dump_of_redis(own: House, ring: PepperRing, door: str) -> None:
     seed = "pk_prod_abc123def456ghi789"
-    store = MemoryStore()
-    keys = Keys(store, peppers=ring)
-    machine = keys.create_machine("Service de facturation", organisation="cfa-lyon")
-    keys.import_key(machine.id, seed, name="Production - Canari")
     recorder = Recorder(own.url, interval=3600.0)
-    options: dict[str, Any] = {"environment": "prod", "peppers": ring, "usage": recorder}
-    for key in (seed, seed + "x"):
-        headers = [("X-API-KEY", key), ("X-Request-ID", key)]
-        if door == "asgi":
-            guard = ASGIMiddleware(Recorded(), store=AsyncMemoryStore(store), **options)
-            run_asgi(guard, http_scope(f"/{key}", headers))
-            guard.authenticator._stop_watching()
-        else:
-            shut = WSGIMiddleware(wsgi_ok, store=store, **options)
-            run_wsgi(shut, environ_of(f"/{key}", headers))
-            shut.authenticator.close()
-    recorder.close()
+    call_with_canaries(door, ring, recorder, seed)
     assert len(own.events()) == 1
     kept = b"".join(path.read_bytes() for path in own.servers[0].folder.rglob("*") if path.is_file())
     assert b"(hidden: it looks like a key)" in kept
     assert b"abc123def456ghi789" not in kept
-
-
-def wsgi_ok(environ: Any, start_response: Any) -> list[bytes]:
-    start_response("200 OK", [])
-    return [b"ok"]

@@ -1,7 +1,6 @@
 """Which route is recorded: the template where the framework tells it, else the path; and why an endpoint refused."""
 
 # No `from __future__ import annotations`: FastAPI reads the annotations of the endpoints below, which are local.
-import asyncio
 import inspect
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -17,12 +16,11 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.testclient import TestClient
 
-from papaours_auth import AsyncAuthenticator, Authenticator, Identity, PepperRing
+from papaours_auth import AsyncAuthenticator, Authenticator, Identity
 from papaours_auth.asgi import PapaoursAuthMiddleware
 from papaours_auth.fastapi import PapaoursAuth as FastAPIAuth
 from papaours_auth.flask import PapaoursAuth as FlaskAuth
 from papaours_auth.starlette import exception_handlers, require
-from papaours_auth.stores.memory import AsyncMemoryStore, MemoryStore
 from support.calls import http_scope, run_asgi, websocket_scope
 from support.usage import Kept
 
@@ -36,19 +34,6 @@ def kept() -> Iterator[Kept]:
     made = Kept()
     yield made
     made.recorder.close()
-
-
-@pytest.fixture
-def waiting(memory: MemoryStore, ring: PepperRing) -> Iterator[AsyncAuthenticator]:
-    authenticator = AsyncAuthenticator(AsyncMemoryStore(memory), environment="prod", peppers=ring)
-    yield authenticator
-    asyncio.run(authenticator.aclose())
-
-
-@pytest.fixture
-def blocking(memory: MemoryStore, ring: PepperRing) -> Iterator[Authenticator]:
-    with Authenticator(memory, environment="prod", peppers=ring) as authenticator:
-        yield authenticator
 
 
 def recorded(kept: Kept) -> list[tuple[str, int]]:

@@ -10,6 +10,11 @@ from typing import Any
 Headers = Iterable[tuple[str, str]]
 
 
+def wsgi_ok(environ: Any, start_response: Any) -> list[bytes]:
+    start_response("200 OK", [])
+    return [b"ok"]
+
+
 def http_scope(path: str = "/contracts", headers: Headers = (), **more: Any) -> dict[str, Any]:
     return {
         "type": "http",

@@ -102,6 +102,12 @@ def stop(process: subprocess.Popen[bytes]) -> int:
         return process.wait()
 
 
+def wait_for_workers(server: Server, started: int) -> None:
+    """Granian loses a SIGTERM that comes before a worker has started: `stop` would have to kill it, 20 s later."""
+    if b"granian" in server.log.read_bytes():
+        wait_until(lambda: server.log.read_bytes().count(b"Started worker") >= started, 30, what="workers")
+
+
 def is_stopped(pid: int) -> bool:
     """Tell whether SIGSTOP has reached every thread of a process: some run on for a moment after it was sent."""
     tasks = Path(f"/proc/{pid}/task").glob("*/stat")

@@ -6,10 +6,15 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-from papaours_auth import Identity
+from papaours_auth import Identity, Keys, PepperRing
+from papaours_auth.asgi import PapaoursAuthMiddleware as ASGIMiddleware
 from papaours_auth.model import KeyInfo, MachineInfo
+from papaours_auth.stores.memory import AsyncMemoryStore, MemoryStore
 from papaours_auth.usage import Batch, Call, CallableSink, Event, Outcome, Recorder, begin_call
 from papaours_auth.usage.sqlite import SQLiteSink
+from papaours_auth.wsgi import PapaoursAuthMiddleware as WSGIMiddleware
+
+from .calls import Recorded, environ_of, http_scope, run_asgi, run_wsgi, wsgi_ok
 
 CALLER = Identity(
     KeyInfo("key-1", "Production - Banc", "prod", "", None),
@@ -40,6 +45,26 @@ def call(recorder: Recorder, status: int = 200, *, route: str = "/contracts", en
     if end:
         recorder.done(made, Outcome.COMPLETED)
     return made
+
+
+def call_with_canaries(door: str, ring: PepperRing, recorder: Recorder, key: str) -> None:
+    """Call with a known key and with an unknown one, each in the path and the request id too, and close."""
+    store = MemoryStore()
+    keys = Keys(store, peppers=ring)
+    machine = keys.create_machine("Service de facturation", organisation="cfa-lyon")
+    keys.import_key(machine.id, key, name="Production - Canari")
+    options: dict[str, Any] = {"environment": "prod", "peppers": ring, "usage": recorder}
+    for presented in (key, key + "x"):
+        headers = [("X-API-KEY", presented), ("X-Request-ID", presented)]
+        if door == "asgi":
+            guard = ASGIMiddleware(Recorded(), store=AsyncMemoryStore(store), **options)
+            run_asgi(guard, http_scope(f"/{presented}", headers))
+            guard.authenticator._stop_watching()
+        else:
+            shut = WSGIMiddleware(wsgi_ok, store=store, **options)
+            run_wsgi(shut, environ_of(f"/{presented}", headers))
+            shut.authenticator.close()
+    recorder.close()
 
 
 class Faulty:

@@ -24,14 +24,14 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects import mysql
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from ..exceptions import StoreUnavailable
 from ..stores.sql_drivers import read_url
 from ..stores.sql_lock import alone
 from .ledger import Desk, prefixed
 from .reader import Ask, Cell, Row
-from .sql import _WRITING, DEFAULT_PREFIX, SQLReader, _patient
+from .sql import _WRITING, DEFAULT_PREFIX, SQLReader, _patient, twice
 from .sql_tables import _ID, _LOCK, _LOCK_SECONDS, _text, check_version
 
 __all__ = ["SQLLedger", "SignsTables", "open_ledger"]
@@ -154,7 +154,7 @@ class SQLLedger(SQLReader):
     @contextmanager
     def writing(self) -> Iterator[Desk]:
         """See `Ledger.writing`."""
-        with _answering(), self._held() as connection:
+        with _answering(), twice(self._lock) as connection:
 
             def ask(statement: str, values: Mapping[str, Cell]) -> Sequence[Row]:
                 return connection.execute(text(prefixed(statement, self.prefix)), values).all()
@@ -198,24 +198,8 @@ class SQLLedger(SQLReader):
             f"{producer} {sequence}" for producer, sequence in begun if kept.get(producer, -1) < sequence
         )
 
-    @contextmanager
-    def _held(self) -> Iterator[Connection]:
-        connection = self._hold()
-        try:
-            yield connection
-        finally:
-            connection.close()
-
-    def _hold(self) -> Connection:
-        """Begin, and lock the position; once more where the connection had died in the pool."""
-        try:
-            return self._lock()
-        except DBAPIError as error:
-            if not error.connection_invalidated:
-                raise
-        return self._lock()
-
     def _lock(self) -> Connection:
+        """Begin, and lock the position."""
         connection = self._writes.connect()
         try:
             if connection.dialect.name == "sqlite":

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 
 from sqlalchemy import (
     ColumnElement,
@@ -65,6 +65,7 @@ _WRITING: Final = {
 }
 _READING: Final = _WRITING | dict.fromkeys(("postgresql", "mysql", "mariadb"), "REPEATABLE READ")
 
+_T = TypeVar("_T")
 _Cells = Mapping[str, Cell]
 _Insert: TypeAlias = mysql.Insert | postgresql.Insert | sqlite.Insert
 
@@ -85,17 +86,44 @@ def open_reader(url: str) -> SQLReader:
     return reader
 
 
+def twice(work: Callable[[], _T]) -> _T:
+    """Work over a connection; once more where it had died in the pool, as one learns by using it."""
+    try:
+        return work()
+    except DBAPIError as error:
+        if not error.connection_invalidated:
+            raise
+    return work()
+
+
 def _patient(place: Place, url: str) -> Place:
     return place if "timeout=" in url else place._replace(timeout=READ_TIMEOUT)
 
 
-class SQLSink:
+class _OverEngine:
+    """What stands over an engine: the caller's to close, or ``owned``."""
+
+    owned = False
+    _engine: Engine
+
+    def before_fork(self) -> None:
+        """Do nothing: the parent's connections stay the parent's."""
+
+    def after_fork(self, *, child: bool) -> None:
+        """Start with new connections in a child."""
+        if child:
+            _leave(self._engine)
+
+    def __del__(self) -> None:
+        if self.owned:  # nobody else can close what a URL opened
+            self._engine.dispose()
+
+
+class SQLSink(_OverEngine):
     """Keeps events over an engine, which stays the caller's to close. ``prefix`` and ``schema`` say in which tables.
 
     Raises `ConfigurationError` for a database that was not tried.
     """
-
-    owned = False
 
     def __init__(
         self,
@@ -118,9 +146,9 @@ class SQLSink:
         """Store a batch, unless it is stored already. Then forget a little of what is too old."""
         if not self._ready:
             self.create()
-        self._twice(lambda connection: _write(connection, self._tables, batch, self._known))
+        twice(lambda: self._once(lambda connection: _write(connection, self._tables, batch, self._known)))
         if time.monotonic() - self._pruned > _PRUNE_EVERY:
-            self._twice(lambda connection: self._prune(connection, 2 * len(batch.events)))
+            twice(lambda: self._once(lambda connection: self._prune(connection, 2 * len(batch.events))))
 
     def create(self) -> None:
         """Make the tables, safely with others doing the same."""
@@ -128,15 +156,6 @@ class SQLSink:
             prepare(connection, self._tables)
             connection.commit()
         self._ready = True
-
-    def _twice(self, work: Callable[[Connection], None]) -> None:
-        """Work in a transaction; once more where the connection had died in the pool, as one learns by using it."""
-        try:
-            self._once(work)
-        except DBAPIError as error:
-            if not error.connection_invalidated:
-                raise
-            self._once(work)
 
     def _once(self, work: Callable[[Connection], None]) -> None:
         with self._writes.connect() as connection:
@@ -151,23 +170,9 @@ class SQLSink:
         if left > 0:
             self._pruned = time.monotonic()
 
-    def before_fork(self) -> None:
-        """Do nothing: the parent's connections stay the parent's."""
 
-    def after_fork(self, *, child: bool) -> None:
-        """Start with new connections in a child."""
-        if child:
-            _leave(self._engine)
-
-    def __del__(self) -> None:
-        if self.owned:  # nobody else can close what a URL opened
-            self._engine.dispose()
-
-
-class SQLReader:
+class SQLReader(_OverEngine):
     """Reads the tables of an `SQLSink`; changes nothing in them. The engine stays the caller's to close."""
-
-    owned = False
 
     def __init__(self, engine: Engine, *, prefix: str = DEFAULT_PREFIX, schema: str | None = None) -> None:
         self._tables = UsageTables(prefix, schema)
@@ -180,7 +185,7 @@ class SQLReader:
     def snapshot(self) -> Iterator[Ask]:
         """See `Reader.snapshot`."""
         try:
-            with self._begun() as connection:
+            with twice(self._begin) as connection:
 
                 def ask(statement: str, values: _Cells) -> Sequence[Row]:
                     return connection.execute(text(statement), values).all()
@@ -191,16 +196,8 @@ class SQLReader:
                 "the usage tables cannot be read: has anything been recorded in them, and does the server answer?"
             ) from error
 
-    def _begun(self) -> Connection:
-        """Begin a snapshot; once more where the connection had died in the pool, as one learns by using it."""
-        try:
-            return self._begin()
-        except DBAPIError as error:
-            if not error.connection_invalidated:
-                raise
-        return self._begin()
-
     def _begin(self) -> Connection:
+        """Begin a snapshot."""
         connection = self._reads.connect()
         try:
             if connection.dialect.name == "sqlite":
@@ -210,18 +207,6 @@ class SQLReader:
             connection.close()
             raise
         return connection
-
-    def before_fork(self) -> None:
-        """Do nothing: the parent's connections stay the parent's."""
-
-    def after_fork(self, *, child: bool) -> None:
-        """Start with new connections in a child."""
-        if child:
-            _leave(self._engine)
-
-    def __del__(self) -> None:
-        if self.owned:  # nobody else can close what a URL opened
-            self._engine.dispose()
 
 
 _abandoned: list[object] = []  # never closed: that would be using the parent's connections
