@@ -18,6 +18,7 @@ from hashlib import blake2b
 from typing import Final, Generic, Literal, NamedTuple, Self, TypedDict, TypeVar, Unpack, cast
 
 from ._fork import hold_across_fork
+from ._patience import Bound, Patience
 from .cache import Cache, Clock, Entry
 from .digest import PepperRing, peppers_from_environment
 from .exceptions import ConfigurationError, Reason, Refused, StoreUnavailable
@@ -536,6 +537,7 @@ class AsyncAuthenticator(_Engine["asyncio.Future[_Fetched | None]"]):
     def __init__(self, store: str | AsyncStore, *, environment: str, **options: Unpack[Options]) -> None:
         self._url = store if isinstance(store, str) else None
         self._async_store: AsyncStore = open_async_store(store) if isinstance(store, str) else store
+        self._patience: dict[asyncio.AbstractEventLoop, Patience] = {}
         super().__init__(self._async_store.sync, environment=environment, **options)
 
     async def start(self) -> None:
@@ -581,10 +583,12 @@ class AsyncAuthenticator(_Engine["asyncio.Future[_Fetched | None]"]):
 
     async def _fly(self, digest: bytes, claim: Claim, presented: bytes) -> _Fetched:
         """Fetch, or wait for who is fetching the same key."""
-        name = asyncio.get_running_loop(), digest
+        loop = asyncio.get_running_loop()
+        name = loop, digest
+        patience = self._patience.get(loop) or self._make_patience(loop)
         try:
             # Not wait_for: before Python 3.12 it loses a cancellation that meets the answer.
-            async with asyncio.timeout(self._timeout) as bound:
+            with patience.bound() as bound:
                 while True:
                     flight = self._flights.get(name)
                     if flight is None:
@@ -595,12 +599,18 @@ class AsyncAuthenticator(_Engine["asyncio.Future[_Fetched | None]"]):
         except TimeoutError:
             raise self._too_slow() from None
 
+    def _make_patience(self, loop: asyncio.AbstractEventLoop) -> Patience:
+        for other in [other for other in self._patience if other.is_closed()]:
+            self._patience.pop(other, None)
+        made = self._patience[loop] = Patience(self._timeout)
+        return made
+
     async def _lead(
         self,
         name: tuple[asyncio.AbstractEventLoop, bytes],
         claim: Claim,
         presented: bytes,
-        bound: asyncio.Timeout,
+        bound: Bound,
     ) -> _Fetched:
         """Fetch in the caller's own task: another one would cost 12 µs (of 60)."""
         self._check_room()
@@ -610,7 +620,7 @@ class AsyncAuthenticator(_Engine["asyncio.Future[_Fetched | None]"]):
         try:
             fetched = await self._fetch(name[1], claim, presented)
         except BaseException as error:
-            if isinstance(error, Exception) or bound.expired():  # the store is as slow for those who wait
+            if isinstance(error, Exception) or bound.expired:  # the store is as slow for those who wait
                 flight.set_exception(error if isinstance(error, Exception) else TimeoutError())
                 flight.exception()  # looked at: it is not lost where nobody waits
             raise

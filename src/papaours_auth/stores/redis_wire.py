@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import ssl
 import threading
-from collections.abc import AsyncGenerator, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from socket import socket
 from typing import Any, Final, Protocol, TypeAlias, TypeVar, cast
@@ -24,6 +24,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
 from .._fork import hold_across_fork
+from .._patience import Patience
 from ..exceptions import StoreUnavailable
 from .redis_place import Node, Place
 from .redis_router import Ask, Command, Router, Steps, Unreachable
@@ -108,12 +109,12 @@ def _exchanged(link: Link, packed: bytes) -> bytes | None:
     try:
         sock.sendall(packed)
         data = _more(sock.recv(_CHUNK))
-        while not _is_whole(data):
+        while (found := _string_in(data)) is _PART:
             data += _more(sock.recv(_CHUNK))
     except BaseException:
         link.disconnect()  # half a reply may be in it
         raise
-    return _string_in(data)
+    return found
 
 
 def _more(data: bytes) -> bytes:
@@ -122,17 +123,20 @@ def _more(data: bytes) -> bytes:
     return data
 
 
-def _is_whole(data: bytes) -> bool:
-    """Tell whether a reply has come in to its end: a string's is counted (RESP 2), any other is one line."""
-    if not data.endswith(b"\r\n"):
-        return False
-    head, _, rest = data.partition(b"\r\n")
-    return not head.startswith(b"$") or head == b"$-1" or len(rest) == int(head[1:]) + 2
+_PART: Final = b"a part of a reply"  # told from a string by its identity
 
 
 def _string_in(data: bytes) -> bytes | None:
+    """Give the string that a reply is, None where it is another one, `_PART` where more of it is to come.
+
+    A string's length is told first (RESP 2); any other reply is one line.
+    """
     head, _, rest = data.partition(b"\r\n")
-    return rest[:-2] if head.startswith(b"$") and head != b"$-1" else None
+    if not data.endswith(b"\r\n"):
+        return _PART
+    if not head.startswith(b"$") or not head[1:].isdigit():  # $-1 is no string
+        return None
+    return rest[:-2] if len(rest) == int(head[1:]) + 2 else _PART
 
 
 def hear(link: Link) -> bool | None:
@@ -323,41 +327,7 @@ class _Loop:
         self.room = asyncio.Semaphore(connections)
         self.idle: dict[Node, list[_AsyncLink]] = {}
         self.guard: AsyncGenerator[None, None] | None = None
-        self._loop = asyncio.get_running_loop()
-        self._timeout = timeout
-        self._ends: dict[asyncio.StreamReader, float] = {}  # the earliest first: all wait equally long
-        self._alarm: asyncio.TimerHandle | None = None
-
-    @contextmanager
-    def bounded(self, reader: asyncio.StreamReader) -> Iterator[None]:
-        """Have reads of a reply end in time, by `TimeoutError`.
-
-        One timer for all that wait: an `asyncio.timeout` for each takes 5 µs (of 100) more.
-        """
-        self._ends[reader] = end = self._loop.time() + self._timeout
-        if self._alarm is None:
-            self._alarm = self._loop.call_at(end, self._look)
-        try:
-            yield
-            if reader.exception() is not None:  # its time ended as the reply came: it reads nothing any more
-                raise TimeoutError
-        finally:
-            del self._ends[reader]
-
-    def close(self) -> None:
-        """Wait for nothing any more."""
-        if self._alarm is not None:
-            self._alarm.cancel()
-
-    def _look(self) -> None:
-        now = self._loop.time()
-        for reader, end in self._ends.items():
-            if end > now:
-                self._alarm = self._loop.call_at(end, self._look)
-                return
-            if reader.exception() is None:
-                reader.set_exception(TimeoutError())
-        self._alarm = None
+        self.patience = Patience(timeout)
 
     async def discard(self, node: Node | None = None) -> None:
         nodes = list(self.idle) if node is None else [node]
@@ -396,13 +366,10 @@ class AsyncWire:
     async def exchange(self, node: Node, packed: bytes) -> bytes | None:
         """See `Wire.exchange`."""
         mine = self._loops.get(asyncio.get_running_loop())
-        if mine is None or not mine.idle.get(node) or mine.room.locked():
+        if mine is None or not (idle := mine.idle.get(node)) or mine.room.locked():
             return None
-        async with mine.room:
-            return await self._exchange_at_once(mine, node, packed)
-
-    async def _exchange_at_once(self, mine: _Loop, node: Node, packed: bytes) -> bytes | None:
-        link = mine.idle[node].pop()
+        await mine.room.acquire()  # does not wait; `async with` makes coroutines that take 3 µs after a wait
+        link = idle.pop()
         done = False
         try:
             found = await _async_exchanged(mine, link, packed)
@@ -413,16 +380,17 @@ class AsyncWire:
             await mine.discard(node)
             return None
         finally:
-            if not done:
+            mine.room.release()
+            if not (done and self._kept(mine, node, link)):
                 await _hang_up(link)
-        await self._keep(mine, node, link)
         return found
 
-    async def _keep(self, mine: _Loop, node: Node, link: _AsyncLink) -> None:
+    def _kept(self, mine: _Loop, node: Node, link: _AsyncLink) -> bool:
+        """Keep a connection for the next lookup, if it is worth that."""
         if self._closed or not self._router.knows(node):
-            await _hang_up(link)
-        else:
-            mine.idle.setdefault(node, []).append(link)
+            return False
+        mine.idle.setdefault(node, []).append(link)
+        return True
 
     async def _exchange(self, ask: Ask) -> list[Any]:
         if self._closed:
@@ -454,9 +422,8 @@ class AsyncWire:
                 await mine.discard(ask.node)
                 continue
             finally:
-                if not done:
+                if not (done and self._kept(mine, ask.node, link)):
                     await _hang_up(link)
-            await self._keep(mine, ask.node, link)
             return replies
 
     def _link(self, node: Node) -> _AsyncLink:
@@ -481,7 +448,6 @@ class AsyncWire:
             yield
         finally:
             self._loops.pop(loop, None)
-            mine.close()
             await mine.discard()
 
     async def aclose(self) -> None:
@@ -521,12 +487,12 @@ async def _async_exchanged(mine: _Loop, link: _AsyncLink, packed: bytes) -> byte
     writer: asyncio.StreamWriter | None = getattr(link, "_writer", None)
     if reader is None or writer is None:
         return None
-    with mine.bounded(reader):
+    with mine.patience.bound():
         writer.write(packed)  # no drain: some 300 bytes, and the reply is waited for
         data = _more(await reader.read(_CHUNK))
-        while not _is_whole(data):
+        while (found := _string_in(data)) is _PART:
             data += _more(await reader.read(_CHUNK))
-    return _string_in(data)
+    return found
 
 
 async def _hang_up(link: _AsyncLink) -> None:
