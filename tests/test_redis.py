@@ -563,40 +563,6 @@ def test_a_reply_that_breaks_off_is_no_answer_and_its_connection_is_not_used_aga
         asyncio.run(async_exchanged(Pieces(*pieces)))
 
 
-def test_replies_that_do_not_come_end_each_at_its_own_time() -> None:
-    async def run() -> None:
-        mine, loop = _Loop(3, 0.05), asyncio.get_running_loop()
-
-        async def late() -> float:
-            reader, begun = asyncio.StreamReader(), loop.time()
-            with pytest.raises(TimeoutError), mine.bounded(reader):
-                await reader.read(1)
-            return loop.time() - begun
-
-        first = asyncio.create_task(late())
-        await asyncio.sleep(0.02)  # so that their times differ
-        second = asyncio.create_task(late())
-        answered = asyncio.StreamReader()
-        with mine.bounded(answered):
-            answered.feed_data(b"+OK")
-            assert await answered.read(3) == b"+OK"
-        assert min(await first, await second) >= 0.05
-        assert answered.exception() is None
-        assert await late() >= 0.05, "after a pause"
-
-    asyncio.run(run())
-
-
-def test_a_reply_at_the_end_of_its_time_is_none_as_its_connection_reads_nothing_more() -> None:
-    async def run() -> None:
-        mine, reader = _Loop(1, 0.0), asyncio.StreamReader()
-        with pytest.raises(TimeoutError), mine.bounded(reader):
-            asyncio.get_running_loop().call_soon(reader.feed_data, b"+OK")
-            assert await reader.read(3) == b"+OK"
-
-    asyncio.run(run())
-
-
 def test_a_redis_py_that_hides_its_socket_is_asked_in_its_own_way(house: House) -> None:
     hidden = Pieces()
     del hidden._sock, hidden._reader, hidden._writer
@@ -611,7 +577,10 @@ def test_a_server_that_is_loading_or_broken_is_an_outage(house: House, estate: E
     digests, keys = (name_in(house, partition, structure) for structure in ("digests", "keys"))
     run = house.store._run
     (packed,) = run(partition, ("HGET", keys, house.key_id))
-    for damage in (b"{", b"[]", b'["a"]', packed.replace(b"active", b"perhaps")):
+    for damage in (
+        *(b"{", b"[]", b'["a"]', packed + b"[]", packed + b"\n", packed.replace(b"active", b"perhaps")),
+        packed.replace(b'"active",', b'"active",99999999'),  # created after the last year there is
+    ):
         run(partition, ("HSET", keys, house.key_id, damage))
         unreadable(house.found)
         unreadable(house.keys.keys)
@@ -629,6 +598,44 @@ def test_a_server_that_is_loading_or_broken_is_an_outage(house: House, estate: E
 
 
 # the feed
+
+
+@pytest.mark.parametrize("tip", ["garbage here now", "12 zz 1 []", "-1 ab 1 []", "12 abc 1 []"])
+def test_a_log_whose_tip_makes_no_sense_is_an_outage(tip: str, house: House, ring: PepperRing) -> None:
+    """Never an error that nobody knows, nor an epoch."""
+    house.store._run(house.claim.partition, ("RPUSH", name_in(house, house.claim.partition, "changes"), tip))
+    unavailable(house.found)
+    with contextlib.suppress(StoreUnavailable), contextlib.closing(house.store.feed()) as feed:
+        assert house.claim.partition not in feed.read({}).news
+
+    async def found() -> object:
+        store = open_async_store(house.url)
+        with contextlib.suppress(StoreUnavailable):
+            await store.lookup(house.claim)  # by steps: it connects
+        try:
+            return await store.lookup(house.claim)  # the short way
+        finally:
+            await store.aclose()
+
+    unavailable(lambda: asyncio.run(found()))
+
+
+def test_who_waits_for_a_reply_as_the_store_is_closed_is_answered_in_time(
+    own: RedisServer, own_house: House
+) -> None:
+    async def scene() -> float:
+        store = open_async_store(own_house.url)
+        await store.lookup(own_house.claim)
+        own.freeze()
+        waiting = asyncio.create_task(store.lookup(own_house.claim))
+        await asyncio.sleep(0)
+        await store.aclose()
+        begun = time.monotonic()
+        with pytest.raises(StoreUnavailable):
+            await waiting
+        return time.monotonic() - begun
+
+    assert asyncio.run(asyncio.wait_for(scene(), 30)) < 10
 
 
 def test_a_feed_subscribes_again_and_what_happened_meanwhile_is_found(

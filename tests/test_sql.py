@@ -321,7 +321,7 @@ def test_pitfall_09_a_loose_collation_finds_no_other_key(mariadb_server: SQLServ
     for number, name in enumerate(["Émile", "emile", "EMILE", "Emile "]):
         letter = b"aAbB"[number : number + 1]
         claim = Claim("prod", 0, (Candidate(ring.primary.id, letter * 32),))
-        store.add_key(replace(key, id=f"key_{letter.decode()}", name=name), claim, "key.created", author)
+        store.add_key(key._replace(id=f"key_{letter.decode()}", name=name), claim, "key.created", author)
         store.add_machine(replace(machine, id=f"M{letter.decode()}", name=name), author)
     for name in ["Émile", "emile", "EMILE", "Emile "]:
         assert [found.name for found in store.keys(name)] == [name]

@@ -34,7 +34,7 @@ KEY = Key("key_1", "machine_1", "Production", "prod", "", "x7Qz", "active", NOW,
 
 
 def record(digest: bytes = DIGEST, machine: dict[str, Any] | None = None, **key: Any) -> Record:
-    return Record(replace(KEY, **key), replace(MACHINE, **(machine or {})), digest)
+    return Record(KEY._replace(**key), replace(MACHINE, **(machine or {})), digest)
 
 
 def judge(found: Record | None, **request: Any) -> Identity | Refused:

@@ -160,9 +160,10 @@ class Cache:
             kept = bool(epochs) and abs(wall - monotonic - self._offset) <= CLOCK_SHIFT
             for partition, epoch in epochs.items():
                 known = self._epochs.get(partition)
-                if known is not None and epoch.seq < known.seq:
-                    return None, False
-                kept = kept and epoch == known
+                if epoch != known:
+                    if known is not None and epoch.seq < known.seq:
+                        return None, False
+                    kept = False
             if kept:
                 self._keep(entry)
         return entry, kept

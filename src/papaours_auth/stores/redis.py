@@ -361,7 +361,7 @@ class RedisStore:
             partition, packed = self._located_key(key_id)
             key = read_packed_key(packed)
             before, after = difference({name: getattr(key, name) for name in columns}, columns)
-            changed = replace(key, **columns)
+            changed = key._replace(**columns)
             entry = _Entry(author, kind, key_id, before, after)
             writes = _renewal("keys", key, changed, pack(key_row(changed)))
             if not after or self._change(partition, [("keys", key_id, packed)], writes, [entry]):

@@ -33,6 +33,8 @@ MACHINES: Final = range(PARTITIONS, 2 * PARTITIONS)
 
 META: Final = 2 * PARTITIONS
 
+_read_json: Final = json.JSONDecoder().raw_decode  # `json.loads` looks for white space too: 0.8 µs of 1.3
+
 ALL: Final = range(META + 1)
 
 
@@ -62,8 +64,12 @@ def pack(cells: Sequence[object]) -> str:
 
 def unpack(packed: bytes) -> list[Any]:  # Any: cells, checked where they are read
     """Read cells back. Raises `UnreadableRecord`."""
+    cells: list[Any]
     try:
-        cells: list[Any] = json.loads(packed.decode())
+        text = packed.decode()
+        cells, end = _read_json(text)
+        if end != len(text):
+            raise ValueError("more than one value")
     except ValueError as error:
         raise UnreadableRecord("a record of the Redis store cannot be read") from error
     return cells
@@ -71,10 +77,7 @@ def unpack(packed: bytes) -> list[Any]:  # Any: cells, checked where they are re
 
 def read_packed_key(packed: bytes) -> Key:
     """Read a key. Raises `UnreadableRecord`."""
-    try:
-        return read_key(unpack(packed))
-    except (IndexError, ValueError, TypeError) as error:
-        raise UnreadableRecord("a key's record in the Redis store cannot be read") from error
+    return read_key(unpack(packed))
 
 
 @lru_cache(maxsize=1024)  # many keys of few machines: by the packed text, so never an old one
@@ -88,9 +91,12 @@ def read_packed_machine(packed: bytes) -> Machine:
 
 @lru_cache(maxsize=1024)
 def epoch_of(tip: bytes) -> Epoch:
-    """Read an epoch: the sequence number and the nonce in hexadecimal."""
+    """Read an epoch: the sequence number and the nonce in hexadecimal. Raises `StoreUnavailable`."""
     seq, _, nonce = tip.partition(b" ")
-    return Epoch(int(seq), bytes.fromhex(nonce.decode()))
+    try:
+        return Epoch(int(seq), bytes.fromhex(nonce.decode()))
+    except ValueError as error:
+        raise lost() from error
 
 
 def tip_of(epoch: Epoch) -> str:
@@ -107,9 +113,12 @@ class Logged(NamedTuple):
 
 
 def read_entry(entry: bytes) -> Logged:
-    """Read an entry of a log."""
-    seq, nonce, committed, cells = entry.split(b" ", 3)
-    return Logged(epoch_of(seq + b" " + nonce), int(committed), unpack(cells))
+    """Read an entry of a log. Raises `StoreUnavailable`."""
+    try:
+        seq, nonce, committed, cells = entry.split(b" ", 3)
+        return Logged(epoch_of(seq + b" " + nonce), int(committed), unpack(cells))
+    except ValueError as error:
+        raise lost() from error
 
 
 def news_of(tip: bytes, entries: list[bytes] | None = None) -> News:

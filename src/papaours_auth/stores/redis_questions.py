@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Final, cast
+from typing import Any, Final, cast
 
-from ..exceptions import ConfigurationError, StoreUnavailable
+from ..exceptions import ConfigurationError, StoreUnavailable, UnreadableRecord
 from ..model import Record
 from ..verify import Claim
 from . import (
@@ -59,7 +59,7 @@ class Questions:
         (reply,) = yield from self.router.run(claim.partition, (*command, *digests))
         if reply is None:
             raise lost()
-        tip, *found = reply.split(b"\n")
+        tip, *found = _lines(reply, 6 if self.router.single else 4)
         if found and not self.router.single:
             found += yield from self._machine(int(found[2]), found[3])
         return _found(claim, tip, found)
@@ -71,7 +71,7 @@ class Questions:
 
     def read_found(self, claim: Claim, reply: bytes) -> Found:
         """Read what one server says to `packed_lookup`."""
-        tip, *found = reply.split(b"\n")
+        tip, *found = _lines(reply, 6)
         return _found(claim, tip, found)
 
     def _lookup_command(self, partition: int, digests: int) -> tuple[Command, bytes]:
@@ -177,12 +177,20 @@ class Questions:
                 raise lost()
             self.installation = mark.decode()
         found = zip(partitions, (item for reply in replies for item in reply), strict=True)
-        return {partition: news_of(*item) for partition, item in found if item is not None}
+        return {partition: news_of(*item) for partition, item in found if item}  # none: no tip
 
     def _news_command(self, partitions: Sequence[int], known: Mapping[int, Epoch]) -> Command:
         tips = [tip_of(known[partition]) if partition in known else "" for partition in partitions]
         names = [self.layout.name(partition, "changes") for partition in partitions]
         return ("EVALSHA", _NEWS, len(names), *names, LOG_READ, *tips)
+
+
+def _lines(reply: bytes, wanted: int) -> list[Any]:  # Any: a reply
+    """Part a lookup's reply: the tip, and so many lines more where anything was found."""
+    lines = reply.split(b"\n")
+    if len(lines) not in (1, 1 + wanted):
+        raise UnreadableRecord("a record of the Redis store cannot be read: it holds a line break")
+    return lines
 
 
 def _found(claim: Claim, tip: bytes, found: Sequence[bytes | None]) -> Found:
