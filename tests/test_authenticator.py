@@ -713,6 +713,9 @@ BOTH = parse_peppers(f"{pepper('p1', 0)},{pepper('p2', 100)}")
 SECOND = parse_peppers(pepper("p2", 100))
 
 
+AUTHOR = Author("test", datetime.now(UTC))
+
+
 def add_second(store: Store, status: Any) -> None:
     proof = SECOND.peppers[0].proof(store.describe().installation)
     store.add_pepper(PepperRecord("p2", proof, status), Author("test", datetime.now(UTC)))
@@ -773,6 +776,98 @@ def test_a_pepper_that_returns_is_tried_at_once(
     elif when == "before the call":
         returns()
     assert isinstance(door.knock(SEED), Identity)
+
+
+def test_an_answer_is_not_used_where_peppers_were_checked_anew_after_its_key_was_read(
+    opens: Callable[..., Door], spy: Spy, admin: Keys, machine: Machine, clock: ManualClock
+) -> None:
+    add_second(spy.real, "retired")
+    door = opens(peppers=BOTH)
+    assert door.knock(STRANGER) is Reason.UNKNOWN_KEY
+
+    def overtaken(ask: Callable[[], Found]) -> Found:
+        spy.on_lookup = lambda ask: ask()
+        spy.real.set_pepper_status("p2", "primary", AUTHOR)
+        Keys(spy.real, peppers=BOTH, clock=clock).import_key(machine.id, SEED, name="Production - Import")
+        door.refresh()
+        assert door.knock(STRANGER) is Reason.UNKNOWN_KEY  # another call checks them
+        return ask()
+
+    spy.on_lookup = overtaken
+    assert isinstance(door.knock(SEED), Identity)
+
+
+def retire_first(store: Store) -> None:
+    store.set_pepper_status("p2", "primary", AUTHOR)
+    store.set_pepper_status("p1", "retired", AUTHOR)
+
+
+@pytest.mark.parametrize("feed", ["tells", "is silent"])
+def test_keys_of_a_retired_pepper_are_refused_within_max_staleness(
+    feed: str, opens: Callable[..., Door], store: Store, seed: str, clock: ManualClock
+) -> None:
+    add_second(store, "accept")
+    door = opens(peppers=BOTH)
+    assert isinstance(door.knock(SEED), Identity)
+    retire_first(store)
+    if feed == "tells":
+        door.refresh()
+    else:
+        clock.advance(door.authenticator.max_staleness)
+    assert door.knock(SEED) is Reason.UNKNOWN_KEY
+
+
+def test_an_answer_is_as_old_as_what_the_peppers_were_known_to_be(
+    opens: Callable[..., Door], spy: Spy, seed: str, clock: ManualClock
+) -> None:
+    add_second(spy.real, "accept")
+    door = opens(peppers=BOTH)
+    assert door.knock(STRANGER) is Reason.UNKNOWN_KEY
+    retire_first(spy.real)
+    clock.advance(door.authenticator.max_staleness - 0.1)
+
+    def slowly(ask: Callable[[], Found]) -> Found:
+        clock.advance(0.2)
+        return ask()
+
+    spy.on_lookup = slowly
+    assert door.knock(SEED) is Reason.UNKNOWN_KEY
+
+
+def test_a_primary_pepper_that_is_missing_is_noticed_although_the_feed_is_silent(
+    opens: Callable[..., Door], store: Store, seed: str, clock: ManualClock
+) -> None:
+    door = opens()
+    assert door.knock(STRANGER) is Reason.UNKNOWN_KEY
+    add_second(store, "accept")
+    store.set_pepper_status("p2", "primary", AUTHOR)
+    clock.advance(door.authenticator.max_staleness)
+    assert door.knock(STRANGER) is Reason.STORE_UNAVAILABLE
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known to be missing", "not known to be"])
+def test_a_key_minted_under_a_primary_pepper_that_is_missing_is_not_taken_for_a_forged_one(
+    known: bool,
+    opens: Callable[..., Door],
+    spy: Spy,
+    seed: str,
+    admin: Keys,
+    machine: Machine,
+    clock: ManualClock,
+) -> None:
+    door = opens()
+    assert door.knock(forged(admin, machine)) is Reason.MALFORMED_KEY
+    add_second(spy.real, "accept")
+    spy.real.set_pepper_status("p2", "primary", AUTHOR)
+    theirs = Keys(spy.real, peppers=BOTH, clock=clock)
+    key = theirs.create_key(machine.id, name="Production - New", environment="prod").secret.reveal()
+    door.refresh()
+    if known:
+        assert door.knock(STRANGER) is Reason.STORE_UNAVAILABLE
+    before = spy.lookups
+    assert door.knock(key) is Reason.STORE_UNAVAILABLE
+    assert spy.lookups == before
+    assert isinstance(door.knock(SEED), Identity)  # the breaker is for a store that does not answer
 
 
 # options, start and close

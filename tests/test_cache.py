@@ -64,16 +64,24 @@ class Bench:
         self.cache.apply(Reading(installation, {partition: news}), sent=self.clock.mono)
 
     def keep(
-        self, digest: bytes, found: Record | None, epochs: Mapping[int, Epoch] | None = None
+        self,
+        digest: bytes,
+        found: Record | None,
+        epochs: Mapping[int, Epoch] | None = None,
+        *,
+        peppers_in: int | None = None,
     ) -> tuple[bool, bool]:
         """Fill in an answer. Tells whether it may be used, and whether it was kept."""
+        epochs = {0: epoch(1)} if epochs is None else epochs
         entry, kept = self.cache.fill(
             digest,
             standing(found),
             found,
-            {0: epoch(1)} if epochs is None else epochs,
+            epochs,
             monotonic=self.clock.mono,
             wall=self.clock.wall,
+            ring_changes=self.cache.ring_changes,
+            peppers_in=peppers_in if peppers_in is not None else min(epochs, default=0),
         )
         return entry is not None, kept
 
@@ -222,18 +230,62 @@ def test_trust_is_not_renewed_where_something_failed_before(bench: Bench) -> Non
     assert bench.cache.trusted_until == before
 
 
-def test_listeners_hear_of_changes_and_of_peppers_and_not_of_silence(bench: Bench) -> None:
+def test_listeners_hear_of_changes_and_not_of_silence(bench: Bench) -> None:
     heard: list[str] = []
     bench.cache.on_change.append(lambda: heard.append("change"))
-    bench.cache.on_new_peppers.append(lambda: heard.append("peppers"))
     bench.hear(epoch(1))
     assert heard == []
     bench.hear(epoch(2), ("key.disabled", "k"))
     assert heard == ["change"]
+
+
+def test_changes_of_peppers_are_counted_and_so_is_what_may_hide_one(bench: Bench) -> None:
+    before = bench.cache.ring_changes
+    bench.hear(epoch(2), ("key.disabled", "k"))
+    assert bench.cache.ring_changes == before
     bench.hear(epoch(3), ("pepper.primary", "p2"))
     bench.hear(epoch(9), broken=True)
     bench.hear(epoch(1), installation="theirs", broken=True)
-    assert heard == ["change", *["change", "peppers"] * 3]
+    assert bench.cache.ring_changes == before + 3
+
+
+def test_a_pepper_that_retires_takes_its_keys_along_and_another_makes_unknown_ones_known(
+    bench: Bench,
+) -> None:
+    bench.keep(b"known", record())
+    bench.keep(b"unknown", None)
+    bench.hear(epoch(2), ("pepper.accept", "p1"))
+    assert (len(bench.cache.entries), len(bench.cache.unknown)) == (1, 0)
+    bench.hear(epoch(3), ("pepper.retired", "p1"))
+    assert bench.size == 0
+
+
+def test_an_entry_needs_the_partition_fresh_that_tells_of_peppers(bench: Bench) -> None:
+    """Known or unknown: a retirement told there would take the one along, a pepper that returns the other."""
+    bench.hear(epoch(1))
+    for name, found in ((b"known", record()), (b"unknown", None)):
+        bench.keep(name, found, peppers_in=3)
+        assert not bench.believes(name)
+    bench.hear(epoch(1), partition=3, broken=True)
+    for name, found in ((b"known", record()), (b"unknown", None)):
+        bench.keep(name, found, peppers_in=3)
+        assert bench.believes(name)
+
+
+def test_an_answer_found_with_peppers_of_before_a_change_is_not_used(bench: Bench) -> None:
+    found, before = record(), bench.cache.ring_changes
+    bench.hear(epoch(2), ("pepper.retired", "p1"))
+    entry, kept = bench.cache.fill(
+        b"d",
+        standing(found),
+        found,
+        {0: epoch(2)},
+        monotonic=bench.clock.mono,
+        wall=bench.clock.wall,
+        ring_changes=before,
+        peppers_in=0,
+    )
+    assert (entry, kept) == (None, False)
 
 
 def test_amendment_07_a_child_believes_nothing_of_its_parents(bench: Bench) -> None:
@@ -280,7 +332,14 @@ def test_pitfall_9_a_record_found_by_a_loose_comparison_does_not_stand_in_for_it
     bench.keep(b"the real key", found)
     loose = Standing(None, Reason.UNKNOWN_KEY)
     bench.cache.fill(
-        b"its twin", loose, found, {0: epoch(1)}, monotonic=bench.clock.mono, wall=bench.clock.wall
+        b"its twin",
+        loose,
+        found,
+        {0: epoch(1)},
+        monotonic=bench.clock.mono,
+        wall=bench.clock.wall,
+        ring_changes=bench.cache.ring_changes,
+        peppers_in=0,
     )
     assert list(bench.cache.unknown) == [b"its twin"]
     bench.hear(epoch(2), ("key.disabled", "k"))

@@ -43,11 +43,12 @@ from papaours_auth.stores import Author, Epoch, Feed, News, PepperRecord, Store
 from papaours_auth.stores.records import moment
 from papaours_auth.stores.redis import RedisStore
 from papaours_auth.stores.redis import open_store as open_redis
+from papaours_auth.stores.redis_layout import META, machine_partition
 from papaours_auth.stores.redis_place import Node, place_of
 from papaours_auth.stores.redis_router import Ask, Router, Unreachable
 from papaours_auth.stores.redis_wire import _async_exchanged, _exchanged, _Loop, connect, unreachable
 from papaours_auth.testing import StoreContract
-from papaours_auth.verify import Claim, read
+from papaours_auth.verify import Claim, partition, read
 from support.redis_servers import (
     BINARIES,
     NEWEST,
@@ -1432,6 +1433,53 @@ def test_a_cluster_that_lost_a_node_verifies_the_keys_of_the_others(
         wait_until(lambda: len(feed.read({}).news) == 33, 30, what="all partitions to be read")
         feed.close()
         asyncio.run(twin.aclose())
+
+
+@pytest.mark.parametrize("lost", ["a node of keys", "the node of the peppers"])
+def test_what_a_verifier_says_while_a_node_of_the_cluster_is_away(
+    lost: str, cluster: list[RedisServer], ring: PepperRing
+) -> None:
+    """Keys of live nodes come in; of the other, 503. Without the part that tells of peppers, 503 for all."""
+    url = Estate("redis+cluster", cluster).url(timeout=2)
+    options: Any = {"environment": "prod", "peppers": ring, "max_staleness": 0.5}
+    with furnished(url, ring) as house, Authenticator(url, **options) as door:
+        machine = house.keys.machines()[0]
+        texts = [f"pk_prod_{number:012}x" for number in range(40)]
+        for text in texts:
+            house.keys.import_key(machine.id, text, name="Production - Import")
+        ports = {partition: node.port for partition, node in house.store._router._nodes.items()}
+        peppers = ports[META]
+        if lost == "a node of keys":
+            elsewhere = {peppers, ports[machine_partition(machine.id)]}
+            gone = next(server for server in cluster if server.port not in elsewhere)
+        else:
+            gone = next(server for server in cluster if server.port == peppers)
+
+        def said(text: str) -> Reason | None:
+            try:
+                door.authenticate(text)
+            except Refused as refusal:
+                return refusal.reason
+            return None
+
+        def wanted(text: str) -> Reason | None:
+            dead = lost == "the node of the peppers" or ports[partition(text.encode())] == gone.port
+            return Reason.STORE_UNAVAILABLE if dead else None
+
+        assert {said(text) for text in texts} == {None}
+        assert (None in map(wanted, texts)) == (lost == "a node of keys")
+        gone.kill()
+        heard: set[Reason | None] = set()
+
+        def all_say(expected: Callable[[str], Reason | None]) -> bool:
+            answers = {text: said(text) for text in texts}
+            heard.update(answers.values())
+            return all(answer is expected(text) for text, answer in answers.items())
+
+        wait_until(lambda: all_say(wanted), 30, what="each key to be answered as its node is")
+        gone.start()
+        wait_until(lambda: all_say(lambda _: None), 60, what="all keys to be verified again")
+        assert heard == {None, Reason.STORE_UNAVAILABLE}
 
 
 @pytest.mark.parametrize("estate", ["cluster"], indirect=True)

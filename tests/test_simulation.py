@@ -37,7 +37,9 @@ def test_a_seed_replays_to_the_last_event() -> None:
 
 def test_most_answers_are_judged() -> None:
     """A simulation in which nothing happens holds every invariant."""
-    assert sum(run(seed).judged for seed in range(10)) > 1_000
+    outcomes = [run(seed) for seed in range(10)]
+    assert sum(outcome.judged for outcome in outcomes) > 1_000
+    assert sum(outcome.stale for outcome in outcomes) > 10
 
 
 @pytest.mark.parametrize("bug", bugs.ALL.values(), ids=bugs.ALL.keys())

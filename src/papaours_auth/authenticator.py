@@ -19,14 +19,14 @@ from typing import Final, Generic, Literal, NamedTuple, Self, TypedDict, TypeVar
 
 from ._fork import hold_across_fork
 from ._patience import Bound, Patience
-from .cache import Cache, Clock, Entry
+from .cache import NEVER, Cache, Clock, Entry
 from .digest import PepperRing, peppers_from_environment
 from .exceptions import ConfigurationError, Reason, Refused, StoreUnavailable
 from .format import MAX_LENGTH, KeyFormat
 from .model import Address, Identity
 from .outage import Breaker, Health
 from .stores import AsyncStore, Description, Found, Store, open_async_store, open_store
-from .verify import Claim, admit, read, stand
+from .verify import Claim, admit, partition, read, stand
 from .watcher import Watcher
 
 DEFAULT_MAX_STALENESS: Final = 2.0
@@ -54,8 +54,15 @@ class Options(TypedDict, total=False):
     watch: bool
 
 
+class _Asked(NamedTuple):
+    """A claim, and the peppers it was read under: None where it is not known yet what ours are worth."""
+
+    claim: Claim
+    ring: PepperRing | None
+
+
 class _Fetched(NamedTuple):
-    """An answer from the store, and when it was asked for (monotonic seconds)."""
+    """An answer from the store, and when all that it rests on was asked for (monotonic seconds)."""
 
     entry: Entry
     sent: float
@@ -145,7 +152,6 @@ class _Engine(Generic[_F]):
             lifetime=lifetime,
         )
         self._cache.on_change.append(self._detach_flights)
-        self._cache.on_new_peppers.append(self._unbind)
         self._cache.on_reading.append(lambda: self._breaker.succeeded())  # a child has another one
         self._keyed_hash = blake2b(digest_size=32, key=secrets.token_bytes(32)).copy
         self._entry = self._cache.entries.get  # bound once: 20 ns less on a hit
@@ -156,8 +162,9 @@ class _Engine(Generic[_F]):
     def _reset(self) -> None:
         self._starting = threading.Lock()
         self._first_reading = threading.Lock()  # held while the store is asked, unlike the other
-        self._ring_changes = 0
-        self._bound_after: int | None = None  # so many of them
+        self._bound_after: int | None = None  # so many changes of peppers
+        self._bound_until = NEVER
+        self._peppers_in = 0
         self._primary_missing = False
         self._watcher: Watcher | None = None
         self._flights: dict[object, _F] = {}  # those that one may join
@@ -205,32 +212,50 @@ class _Engine(Generic[_F]):
         digest = hashed.digest()
         return digest, self._cache.recall(digest, self._monotonic())
 
-    def _read(self, presented: bytes) -> Claim:
-        claim = read(presented, format=self.format, peppers=self._ring)
+    def _read(self, presented: bytes) -> _Asked:
+        ring = self._ring
+        claim = read(presented, format=self.format, peppers=ring)
         if isinstance(claim, Refused):
             try:
+                text = self.format.read(presented)
+                if text is None:
+                    raise claim
+                # An issuer tag of none of our peppers: forged, unless the store has one that we lack.
+                if not self._binds(self._monotonic()):
+                    return _Asked(Claim(text.environment, partition(presented), ()), None)
+                self._check_primary()
                 raise claim
             finally:
                 del claim  # as below
-        return claim
+        return _Asked(claim, ring)
 
-    def _settle(self, digest: bytes, claim: Claim, found: Found, sent: float) -> _Fetched | None:
+    def _settle(self, digest: bytes, asked: _Asked, found: Found, sent: float) -> _Fetched | None:
         """Judge what a lookup found. None where a change overtook it: look again."""
         monotonic = self._monotonic()
         wall = self._clock.time()
+        changes = self._bound_after
+        if asked.ring is not self._ring or changes != self._cache.ring_changes:
+            return None  # the peppers changed meanwhile: it may be known by another digest, or by none
         standing = stand(
-            claim, found.record, now=datetime.fromtimestamp(wall, UTC), environment=self.environment
+            asked.claim, found.record, now=datetime.fromtimestamp(wall, UTC), environment=self.environment
         )
         if standing.identity is None:
-            if not self._bound:
-                return None  # the peppers changed meanwhile: it may be known by another digest
             self._check_primary()
         entry, kept = self._cache.fill(
-            digest, standing, found.record, found.epochs, monotonic=monotonic, wall=wall
+            digest,
+            standing,
+            found.record,
+            found.epochs,
+            monotonic=monotonic,
+            wall=wall,
+            ring_changes=changes,
+            peppers_in=self._peppers_in,
         )
         if not kept and self._watcher is not None:
             self._watcher.wake()
-        return None if entry is None else _Fetched(entry, sent)
+        # As old as the older of the two: what the store said of the key, and of the peppers it was found with.
+        bound = max(self._bound_until, self._cache.trust(self._peppers_in)) - self.max_staleness
+        return None if entry is None else _Fetched(entry, min(sent, bound))
 
     def _check_primary(self) -> None:
         if self._primary_missing:
@@ -246,28 +271,35 @@ class _Engine(Generic[_F]):
 
     @property
     def _bound(self) -> bool:
-        return self._bound_after == self._ring_changes
+        return self._bound_after == self._cache.ring_changes
 
-    def _bind(self, description: Description, changes: int) -> None:
+    def _binds(self, now: float) -> bool:
+        """Tell whether our peppers' statuses are those of some moment within `max_staleness`."""
+        return self._bound_after == self._cache.ring_changes and (
+            now < self._cache.trust(self._peppers_in) or now < self._bound_until
+        )
+
+    def _bind(self, description: Description, changes: int, sent: float) -> None:
         """Hold our peppers against the store's record of them. Raises `ConfigurationError`.
 
-        ``changes`` had been seen when the record was asked for: one that came since unbinds again.
+        ``changes`` had been applied when the record was asked for: one that came since unbinds again.
         """
         ring = self._given.bound_to(
             description.installation, {record.id: record[1:] for record in description.peppers}
         )
         self._primary_missing = ring.primary_missing
-        self._ring = ring
-        self._bound_after = changes
+        self._peppers_in = description.peppers_in
+        if ring != self._ring:  # the claims under way hold on to theirs
+            self._ring = ring
+        self._bound_after, self._bound_until = changes, sent + self.max_staleness
 
-    def _unbind(self) -> None:
-        self._ring_changes += 1
-
-    def _ready(self) -> bool:
+    def _ready(self, now: float) -> bool:
         """Tell whether our peppers were held against the store's, and the watcher runs."""
-        watcher = self._watcher  # as `_bound` and `_is_watching`, without their calls: 0.2 µs less a lookup
-        return self._bound_after == self._ring_changes and (
-            not self._watch or (watcher is not None and watcher.alive)
+        watcher, cache = self._watcher, self._cache  # as `_binds` and `_is_watching`: 0.2 µs less a lookup
+        return (
+            self._bound_after == cache.ring_changes
+            and (now < self._bound_until or now < cache.trust(self._peppers_in))
+            and (not self._watch or (watcher is not None and watcher.alive))
         )
 
     def _is_watching(self) -> bool:
@@ -438,9 +470,10 @@ class Authenticator(_Engine[_Flight]):
 
         Raises as `start` does.
         """
-        if not self._bound:
-            changes = self._ring_changes
-            self._bind(self._store.describe(), changes)
+        sent = self._monotonic()
+        if not self._binds(sent):
+            changes = self._cache.ring_changes
+            self._bind(self._store.describe(), changes, sent)
 
     def authenticate(
         self,
@@ -462,17 +495,17 @@ class Authenticator(_Engine[_Flight]):
         digest, entry = self._recall(presented)
         if entry is not None:
             return _let_in(entry, client, needs)
-        claim = self._read(presented)
         try:
+            asked = self._read(presented)
             for _ in range(2):  # an answer that grew old while we waited for it is fetched once more
-                fetched = self._fly(digest, claim, presented)
+                fetched = self._fly(digest, asked, presented)
                 if self._usable(fetched):
                     return _let_in(fetched.entry, client, needs)
             raise StoreUnavailable("the store answers more slowly than max_staleness allows")
         except (StoreUnavailable, ConfigurationError) as error:
             return self._without_store(digest, client, needs, error)
 
-    def _fly(self, digest: bytes, claim: Claim, presented: bytes) -> _Fetched:
+    def _fly(self, digest: bytes, asked: _Asked, presented: bytes) -> _Fetched:
         """Fetch, or wait for who is fetching the same key."""
         mine = _Flight()
         with self._starting:
@@ -486,7 +519,7 @@ class Authenticator(_Engine[_Flight]):
             except TimeoutError:
                 raise self._too_slow() from None
         try:
-            fetched = self._fetch(digest, claim, presented)
+            fetched = self._fetch(digest, asked, presented)
         except BaseException as error:
             # Those who wait are not to be ended by this thread's KeyboardInterrupt.
             mine.crash(
@@ -501,15 +534,18 @@ class Authenticator(_Engine[_Flight]):
                 self._land(digest, mine)
             del mine  # which holds the error, see `_let_in`
 
-    def _fetch(self, digest: bytes, claim: Claim, presented: bytes) -> _Fetched:
+    def _fetch(self, digest: bytes, asked: _Asked, presented: bytes) -> _Fetched:
         for _ in range(_LOOKUPS):
-            with self._breaker:
-                if not self._ready():
+            sent = self._monotonic()
+            if not self._ready(sent):
+                with self._breaker:
                     self.start()
-                    claim = self._read(presented)  # our peppers may be of another status now
                 sent = self._monotonic()
-                found = self._store.lookup(claim)
-            fetched = self._settle(digest, claim, found, sent)
+            if asked.ring is not self._ring:  # our peppers may be of another status now
+                asked = self._read(presented)
+            with self._breaker:
+                found = self._store.lookup(asked.claim)
+            fetched = self._settle(digest, asked, found, sent)
             if fetched is not None:
                 return fetched
         raise StoreUnavailable("the store keeps answering from before its own last change")
@@ -546,14 +582,15 @@ class AsyncAuthenticator(_Engine["asyncio.Future[_Fetched | None]"]):
             self._async_store, self._closed = open_async_store(self._url), False
             self._store = self._async_store.sync
         await self._check()
-        if not self._ready():
+        if not self._ready(self._monotonic()):
             await asyncio.to_thread(self._start_watching)  # its first reading blocks
         await self._check()
 
     async def _check(self) -> None:
-        if not self._bound:
-            changes = self._ring_changes
-            self._bind(await self._async_store.describe(), changes)
+        sent = self._monotonic()
+        if not self._binds(sent):
+            changes = self._cache.ring_changes
+            self._bind(await self._async_store.describe(), changes, sent)
 
     async def authenticate(
         self,
@@ -571,17 +608,17 @@ class AsyncAuthenticator(_Engine["asyncio.Future[_Fetched | None]"]):
         digest, entry = self._recall(presented)
         if entry is not None:
             return _let_in(entry, client, needs)
-        claim = self._read(presented)
         try:
+            asked = self._read(presented)
             for _ in range(2):  # an answer that grew old while we waited for it is fetched once more
-                fetched = await self._fly(digest, claim, presented)
+                fetched = await self._fly(digest, asked, presented)
                 if self._usable(fetched):
                     return _let_in(fetched.entry, client, needs)
             raise StoreUnavailable("the store answers more slowly than max_staleness allows")
         except (StoreUnavailable, ConfigurationError) as error:
             return self._without_store(digest, client, needs, error)
 
-    async def _fly(self, digest: bytes, claim: Claim, presented: bytes) -> _Fetched:
+    async def _fly(self, digest: bytes, asked: _Asked, presented: bytes) -> _Fetched:
         """Fetch, or wait for who is fetching the same key."""
         loop = asyncio.get_running_loop()
         name = loop, digest
@@ -592,7 +629,7 @@ class AsyncAuthenticator(_Engine["asyncio.Future[_Fetched | None]"]):
                 while True:
                     flight = self._flights.get(name)
                     if flight is None:
-                        return await self._lead(name, claim, presented, bound)
+                        return await self._lead(name, asked, presented, bound)
                     fetched = await asyncio.shield(flight)
                     if fetched is not None:  # else its caller was cancelled
                         return fetched
@@ -608,7 +645,7 @@ class AsyncAuthenticator(_Engine["asyncio.Future[_Fetched | None]"]):
     async def _lead(
         self,
         name: tuple[asyncio.AbstractEventLoop, bytes],
-        claim: Claim,
+        asked: _Asked,
         presented: bytes,
         bound: Bound,
     ) -> _Fetched:
@@ -618,7 +655,7 @@ class AsyncAuthenticator(_Engine["asyncio.Future[_Fetched | None]"]):
         self._take_off(name, flight)
         fetched = None
         try:
-            fetched = await self._fetch(name[1], claim, presented)
+            fetched = await self._fetch(name[1], asked, presented)
         except BaseException as error:
             if isinstance(error, Exception) or bound.expired:  # the store is as slow for those who wait
                 flight.set_exception(error if isinstance(error, Exception) else TimeoutError())
@@ -631,15 +668,18 @@ class AsyncAuthenticator(_Engine["asyncio.Future[_Fetched | None]"]):
             del flight  # which holds the error, see `_let_in`
         return fetched
 
-    async def _fetch(self, digest: bytes, claim: Claim, presented: bytes) -> _Fetched:
+    async def _fetch(self, digest: bytes, asked: _Asked, presented: bytes) -> _Fetched:
         for _ in range(_LOOKUPS):
-            with self._breaker:
-                if not self._ready():
+            sent = self._monotonic()
+            if not self._ready(sent):
+                with self._breaker:
                     await self.start()
-                    claim = self._read(presented)  # our peppers may be of another status now
                 sent = self._monotonic()
-                found = await self._async_store.lookup(claim)
-            fetched = self._settle(digest, claim, found, sent)
+            if asked.ring is not self._ring:  # our peppers may be of another status now
+                asked = self._read(presented)
+            with self._breaker:
+                found = await self._async_store.lookup(asked.claim)
+            fetched = self._settle(digest, asked, found, sent)
             if fetched is not None:
                 return fetched
         raise StoreUnavailable("the store keeps answering from before its own last change")

@@ -89,7 +89,6 @@ class Cache:
         self.unknown: dict[bytes, Entry] = {}
         self.trusted_until = NEVER  # the earliest of all partitions: one comparison on the hot path
         self.on_change: list[Callable[[], None]] = []
-        self.on_new_peppers: list[Callable[[], None]] = []
         self.on_reading: list[Callable[[], None]] = []
         self._clock = clock
         self._max_staleness = max_staleness
@@ -102,6 +101,7 @@ class Cache:
         self.lock = threading.Lock()
         self._epochs: dict[int, Epoch] = {}
         self._trust: dict[int, float] = {}
+        self.ring_changes = 0  # so many were applied; only ever compared
         self._installation: str | None = None
         self._by_key: dict[str, bytes] = {}
         self._by_machine: dict[str, set[bytes]] = {}
@@ -116,8 +116,12 @@ class Cache:
         with self.lock:
             return dict(self._epochs)
 
+    def trust(self, partition: int) -> float:
+        """Give when trust in a partition runs out."""
+        return self._trust.get(partition, NEVER)
+
     def trusts(self, entry: Entry, now: float) -> bool:
-        """Tell whether an entry may be believed now: its key's and its machine's partitions are fresh."""
+        """Tell whether an entry may be believed now: its key's, machine's and peppers' partitions are fresh."""
         trust = self._trust
         return (
             now < entry.deadline
@@ -144,18 +148,22 @@ class Cache:
 
     def fill(
         self, digest: bytes, standing: Standing, record: Record | None, epochs: Mapping[int, Epoch],
-        *, monotonic: float, wall: float,
+        *, monotonic: float, wall: float, ring_changes: int | None, peppers_in: int,
     ) -> tuple[Entry | None, bool]:  # fmt: skip
         """Make an entry of an answer, and keep it if it is of the epoch last applied.
 
-        ``monotonic`` was read before ``wall``, which decided the standing. Gives the entry and whether it
-        was kept; None for an answer from before a change that was applied already: ask again.
+        ``monotonic`` was read before ``wall``, which decided the standing; ``ring_changes`` had been applied
+        when the peppers were read that found it, and the partition ``peppers_in`` tells of those. Gives the entry
+        and whether it was kept; None for an answer from before a change that was applied already: ask again.
         """
         expiry = float("inf")
         if standing.expires_at is not None and standing.reason is None:
             expiry = monotonic + standing.expires_at.timestamp() - wall
-        entry = Entry(digest, standing, record, monotonic + self._lifetime, expiry, tuple(epochs))
+        partitions = tuple(epochs) if peppers_in in epochs else (*epochs, peppers_in)
+        entry = Entry(digest, standing, record, monotonic + self._lifetime, expiry, partitions)
         with self.lock:
+            if ring_changes != self.ring_changes:
+                return None, False
             # Of no partition: nothing would ever evict it.
             kept = bool(epochs) and abs(wall - monotonic - self._offset) <= CLOCK_SHIFT
             for partition, epoch in epochs.items():
@@ -210,10 +218,9 @@ class Cache:
                         new_peppers |= kind.startswith("pepper.")
                         self._change(kind, subject)
                 self._epochs[partition] = news.epoch
+            self.ring_changes += new_peppers
             if changed:
                 self._tell(self.on_change)
-            if new_peppers:
-                self._tell(self.on_new_peppers)
             # Last: whatever failed before this line leaves trust to run out.
             for partition in reading.news:
                 self._trust[partition] = sent + self._max_staleness
@@ -221,7 +228,9 @@ class Cache:
         self._tell(self.on_reading)
 
     def _change(self, kind: str, subject: str) -> None:
-        if kind in ("key.created", "key.imported"):
+        if kind == "pepper.retired":
+            self._drop()  # its keys are known no more
+        if kind in ("key.created", "key.imported") or kind.startswith("pepper."):
             self.unknown.clear()
         for digest in [self._by_key.get(subject), *self._by_machine.get(subject, ())]:
             if digest is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from .world import START
 
@@ -30,6 +30,7 @@ class KeyFacts:
     name: str
     machine: str
     environment: str
+    pepper: str
     active: bool = True
     expires: float | None = None
     bound: bool = False  # to 192.0.2.0/24
@@ -68,6 +69,14 @@ class History(Generic[_T]):
         return [when for when in self._since if since < when <= until]
 
 
+class Snapshot(NamedTuple):
+    """What everything is at one moment."""
+
+    keys: dict[str, KeyFacts | None]
+    machines: dict[str, bool | None]
+    peppers: dict[str, str | None]
+
+
 @dataclass
 class Truth:
     """Every key (by its text) and machine (by its id), through all its history."""
@@ -75,6 +84,8 @@ class Truth:
     partitioned: bool
     keys: dict[str, History[KeyFacts]] = field(default_factory=dict)
     machines: dict[str, History[bool]] = field(default_factory=dict)
+    peppers: dict[str, History[str]] = field(default_factory=dict)
+    minted: dict[str, str] = field(default_factory=dict)  # a key's text -> the pepper that its tag is of
 
     def set_key(self, now: float, text: str, facts: KeyFacts | None) -> None:
         self.keys.setdefault(text, History()).add(now, facts)
@@ -86,18 +97,39 @@ class Truth:
                 if history.last is not None and history.last.machine == machine:
                     self.set_key(now, text, None)
 
+    def set_pepper(self, now: float, pepper: str, status: str) -> None:
+        for history in self.peppers.values():
+            if status == "primary" and history.last == "primary":
+                history.add(now, "accept")
+        self.peppers.setdefault(pepper, History()).add(now, status)
+
+    @property
+    def primary(self) -> str:
+        """The pepper that mints and digests now."""
+        return next(id_ for id_, history in self.peppers.items() if history.last == "primary")
+
+    def primary_held(self, held: frozenset[str], since: float, until: float) -> bool:
+        """Tell whether, at some moment of a span, the primary pepper was one of these."""
+        return any("primary" in h.within(since, until) for id_, h in self.peppers.items() if id_ in held)
+
+    def primary_missing(self, held: frozenset[str], since: float, until: float) -> bool:
+        """Tell whether, at some moment of a span, the primary pepper was none of these."""
+        return self.primary_held(frozenset(self.peppers) - held, since, until)
+
     def existing(self) -> dict[str, KeyFacts]:
         return {text: h.last for text, h in self.keys.items() if h.last is not None}
 
-    def snapshot(self) -> tuple[dict[str, KeyFacts | None], dict[str, bool | None]]:
-        return {t: h.last for t, h in self.keys.items()}, {m: h.last for m, h in self.machines.items()}
+    def snapshot(self) -> Snapshot:
+        return Snapshot(*({name: h.last for name, h in part.items()} for part in self._parts()))
 
-    def restore(self, now: float, taken: tuple[dict[str, KeyFacts | None], dict[str, bool | None]]) -> None:
-        keys, machines = taken
-        for text, history in self.keys.items():
-            history.add(now, keys.get(text))
-        for machine, states in self.machines.items():
-            states.add(now, machines.get(machine))
+    def restore(self, now: float, taken: Snapshot) -> None:
+        snapshots: tuple[dict[str, Any], ...] = taken
+        for part, then in zip(self._parts(), snapshots, strict=True):
+            for name, history in part.items():
+                history.add(now, then.get(name))
+
+    def _parts(self) -> tuple[dict[str, History[Any]], ...]:
+        return self.keys, self.machines, self.peppers
 
     def ever_valid(self, text: str) -> bool:
         """Tell whether a key was ever one to accept."""
@@ -124,17 +156,36 @@ class Truth:
             states += [(facts, active) for active in self.machines[facts.machine].within(*span)]
         return states
 
-    def answers(self, asked: Asked, since: float, until: float, offsets: list[float]) -> dict[str, set[str]]:
-        """Give every answer that was right at some moment of a span: reason or "accept" -> names of the key."""
-        right: dict[str, set[str]] = {}
+    def _found(self, pepper: str, since: float, until: float, held: frozenset[str]) -> set[bool]:
+        """Tell whether keys of a pepper are found, at any moments of a span: they may be read apart from it."""
+        if pepper not in held:
+            return {False}
+        return {status != "retired" for status in self.peppers[pepper].within(since, until)}
+
+    def answers(
+        self, asked: Asked, since: float, until: float, offsets: list[float], held: frozenset[str]
+    ) -> dict[str, set[str]]:
+        """Give every answer that was right at some moment of a span: reason or "accept" -> names of the key.
+
+        ``held`` are the peppers of the process. One without the primary cannot tell that it does not know a key.
+        """
         if asked.malformed:
             return {"malformed_key": set()}
-        for state in self._states(asked.text, since, until):
-            if state is None:
-                right.setdefault("unknown_key", set())
-                continue
-            for answer in _judge(asked, *state, until, offsets):
-                right.setdefault(answer, set()).add(state[0].name)
+        right: dict[str, set[str]] = {}
+        minted_under = self.minted.get(asked.text)
+        if minted_under is not None and minted_under not in held:
+            right["malformed_key"] = set()
+        else:
+            for state in self._states(asked.text, since, until):
+                found = {False} if state is None else self._found(state[0].pepper, since, until, held)
+                if False in found:
+                    right.setdefault("unknown_key", set())
+                if state is not None and True in found:
+                    for answer in _judge(asked, *state, until, offsets):
+                        right.setdefault(answer, set()).add(state[0].name)
+        cannot_tell = right.keys() & {"unknown_key", "malformed_key"}
+        if cannot_tell and not self.primary_held(held, since, until):
+            right = {answer: names for answer, names in right.items() if answer not in cannot_tell}
         return right
 
 

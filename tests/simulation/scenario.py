@@ -13,9 +13,21 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from unittest import mock
 
-from papaours_auth import AsyncAuthenticator, Identity, KeyFormat, Keys, Refused, parse_peppers
+from papaours_auth import (
+    AsyncAuthenticator,
+    Identity,
+    KeyFormat,
+    Keys,
+    PepperRing,
+    Reason,
+    Refused,
+    StoreUnavailable,
+    parse_peppers,
+)
 from papaours_auth import authenticator as authenticator_module
+from papaours_auth.authenticator import Options
 from papaours_auth.cache import Cache, Clock
+from papaours_auth.digest import PepperStatus
 from papaours_auth.stores import Author, Feed, PepperRecord
 from papaours_auth.stores.memory import MemoryStore
 from papaours_auth.verify import Claim
@@ -28,9 +40,11 @@ from .world import START, Lock, Process, ProcessClock, World
 DURATION = 12.0
 MAX_STALENESS = 2.0
 EPSILON = 1e-6
-RING = parse_peppers(
-    ",".join(f"p{n}:{base64.urlsafe_b64encode(bytes(range(n, n + 32))).decode()}" for n in (1, 2))
+PEPPERS = parse_peppers(
+    ",".join(f"p{n}:{base64.urlsafe_b64encode(bytes(range(n, n + 32))).decode()}" for n in range(1, 5))
 )
+"""The administrator's. A process begins with the first of them, as many as were handed out by then."""
+ON_THE_REQUEST = (Reason.NETWORK_NOT_ALLOWED, Reason.INSUFFICIENT_RIGHTS)
 ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -80,32 +94,60 @@ class App:
         world = scene.world
         self.process = Process(world, name, hold=scene.hold)
         self.clock = ProcessClock(self.process, world.rng.uniform(-0.02, 0.02))
+        self.ring = PepperRing(PEPPERS.peppers[: scene.handed_out])
+        self.held = frozenset(pepper.id for pepper in self.ring.peppers)
         self.network = Network(self.process, scene.server, scene.weather)
         self.network.fault()
         self.store = RemoteStore(self.process, scene.server, self.network)
         self.store.break_feed = scene.bug.feed
         self.store.on_lookup = self._looks_up
-        self.authenticator = AsyncAuthenticator(
-            self.store,
-            environment="prod",
-            peppers=RING,
-            max_staleness=MAX_STALENESS,
-            max_known=scene.limits.known,
-            max_unknown=scene.limits.unknown,
-            max_flights=scene.limits.flights,
-            lifetime=scene.lifetime,
-            timeout=2.0,
-            clock=self.clock,
-        )
-        self.authenticator._first_reading = Lock(self.process)  # type: ignore[assignment]  # as far as it is used
+        self.authenticator = AsyncAuthenticator(self.store, environment="prod", **self._options())
+        self._simulate_lock()
         self.cache = self.authenticator._cache
         self.changes = 0
-        self.looking = 0
+        self.looking: set[object] = set()
+        self.flying: set[object] = set()
         self.latest: dict[object, tuple[asyncio.Future[Any], int]] = {}
         self.cache.on_change.append(self._count_change)
         self._take_off = self.authenticator._take_off
         self.authenticator._take_off = self._takes_off  # type: ignore[method-assign]  # to look on
+        self._land = self.authenticator._land
+        self.authenticator._land = self._lands  # type: ignore[method-assign]  # likewise
         scene.bug.install(self)
+
+    def _simulate_lock(self) -> None:
+        self.authenticator._first_reading = Lock(self.process)  # type: ignore[assignment]  # as far as it is used
+
+    def fork(self, *, child: bool) -> None:
+        """Fork, and go on as the child: all that ran is gone, all that was remembered is there. Or as the parent."""
+        self.authenticator.before_fork()
+        if child:
+            parent = self.process
+            self.process = Process(self.scene.world, parent.name, hold=self.scene.hold)
+            parent.dead = True
+            self.clock.process = self.store.process = self.process
+            self.network.move_to(self.process)
+            self.looking, self.flying = set(), set()
+        before = self.authenticator._first_reading
+        self.authenticator.after_fork(child=child)
+        if self.authenticator._first_reading is not before:
+            self._simulate_lock()
+
+    def _options(self) -> Options:
+        scene = self.scene
+        options: Options = {
+            "peppers": self.ring,
+            "max_staleness": MAX_STALENESS,
+            "max_known": scene.limits.known,
+            "max_unknown": scene.limits.unknown,
+            "max_flights": scene.limits.flights,
+            "lifetime": scene.lifetime,
+            "timeout": 2.0,
+            "clock": self.clock,
+        }
+        if scene.max_age is not None:
+            options |= {"on_outage": "serve_cached", "max_age": scene.max_age}
+        return options
 
     def _count_change(self) -> None:
         self.changes += 1
@@ -115,34 +157,42 @@ class App:
         if changes == self.changes and not before.done():
             raise Violation("e", f"{self.process.name} has two flights for one key")
         self.latest[name] = flight, self.changes
+        self.flying.add(flight)
         self._take_off(name, flight)
 
+    def _lands(self, name: object, flight: asyncio.Future[Any]) -> None:
+        self.flying.discard(flight)
+        self._land(name, flight)
+
     def _looks_up(self, claim: Claim) -> Callable[[], None]:
-        self.looking += 1
-        if self.looking > self.scene.limits.flights:
+        looking, lookup = self.looking, object()
+        looking.add(lookup)
+        if len(looking) > self.scene.limits.flights:
             raise Violation("e", f"{self.process.name} has more lookups under way than max_flights")
-
-        def landed() -> None:
-            self.looking -= 1
-
-        return landed
+        return lambda: looking.discard(lookup)
 
     def check_bounds(self) -> None:
         """Invariant (e), after every step."""
         cache, limits = self.cache, self.scene.limits
-        if len(cache.entries) > limits.known or len(cache.unknown) > limits.unknown:
+        known = len(cache.entries)
+        if known > limits.known or len(cache.unknown) > limits.unknown:
             raise Violation("e", f"{self.process.name} keeps more entries than it may")
-        if len(cache._by_key) > len(cache.entries) or len(cache._by_machine) > len(cache.entries):
+        if len(cache._by_key) > known or len(cache._by_machine) > known:
             raise Violation("e", f"{self.process.name} indexes what it no longer keeps")
         if len(self.authenticator._under_way) > limits.flights:
             raise Violation("e", f"{self.process.name} has more flights under way than max_flights")
 
     def ask(self, asked: Asked) -> None:
-        """Begin a verification, as a request would; sometimes its key is changed while it is under way."""
-        if self.scene.rng.random() < self.scene.spite:
-            self.scene.world.after(
-                self.scene.rng.choice((0.005, 0.02, 0.1, 0.3)), lambda: self.scene.toggle(asked.text)
-            )
+        """Begin a verification, as a request would; sometimes its key is changed while it is under way.
+
+        Then the same is asked again when the bound is over: what was kept wrongly shows.
+        """
+        scene = self.scene
+        if scene.rng.random() < scene.spite:
+            delay = scene.rng.choice((0.005, 0.02, 0.1, 0.3))
+            scene.world.after(delay, lambda: scene.toggle(asked.text))
+            again = delay + MAX_STALENESS + 0.1
+            scene.world.after(again, lambda: self.process.post(lambda: self._begin(asked)))
         self.process.post(lambda: self._begin(asked))
 
     def _begin(self, asked: Asked) -> None:
@@ -156,13 +206,15 @@ class App:
         try:
             identity = await self.authenticator.authenticate(asked.text, client=client, needs=asked.needs)
         except Refused as refused:
-            self.scene.judge(self, asked, refused.reason.value, None, began)
+            # A key let in during an outage may lack a right, or call from elsewhere. That refusal bears no mark.
+            stale = isinstance(refused.__context__, StoreUnavailable) and refused.reason in ON_THE_REQUEST
+            self.scene.judge(self, asked, refused.reason.value, None, began, stale=stale)
         except asyncio.CancelledError:
             raise
         except Violation as violation:
             self.scene.violation = self.scene.violation or violation
         else:
-            self.scene.judge(self, asked, "accept", identity, began)
+            self.scene.judge(self, asked, "accept", identity, began, stale=identity.stale)
             self.scene.bug.accepted(self, identity)
 
 
@@ -198,12 +250,18 @@ class Scene:
         self.zeal = rng.choice((0.3, 1.5))
         self.hold = rng.choice((0.0, 0.0, 0.002, 0.01))
         self.faults = Faults(*(rng.choice((0.0, 0.0, 0.1, 0.4)) for _ in range(7)))
-        self.bound = MAX_STALENESS  # an app that serves from the cache through outages promises another
+        self.policies = random.Random(f"policies of {seed}")  # apart: the course of a seed stays what it was
+        self.rest = self.policies.choice((0.0, 2.5))
+        self.max_age = self.policies.choice((None, None, 2.2, 3.0, 6.0))
         self.violation: Violation | None = None
         self.judged = 0
+        self.stale = 0
         self.pool = [self._text() for _ in range(10)]
         self.strangers = [self._text() for _ in range(6)]
         self.backups: list[tuple[MemoryStore, Any]] = []
+        self.forks = self.policies.choice((0.0, 0.0, 0.1, 0.4))
+        self.rotates = self.policies.random() < 0.4
+        self.handed_out = 2
         self._prepare()
         self.apps = [App(self, f"process {n}") for n in range(1, 4)]
         self.world.after_step = self._check
@@ -215,14 +273,12 @@ class Scene:
 
     @property
     def keys(self) -> Keys:
-        return Keys(self.server.store, peppers=RING, clock=ServerClock(self.world))
+        return Keys(self.server.store, peppers=PEPPERS, clock=ServerClock(self.world))
 
     def _prepare(self) -> None:
         keys = self.keys
-        store = self.server.store
-        second = RING.peppers[1]
-        proof = second.proof(store.describe().installation)
-        store.add_pepper(PepperRecord(second.id, proof, "accept"), Author("simulation", datetime.now(UTC)))
+        self.truth.set_pepper(self.world.now, PEPPERS.peppers[0].id, "primary")
+        self._add_pepper()
         for _ in range(3):
             self.create_machine(keys)
         for _ in range(4):
@@ -254,7 +310,10 @@ class Scene:
         else:
             key, secret = (new := keys.create_key(machine, **options)).key, new.secret
             text = secret.reveal()
-        facts = KeyFacts(key.id, key.name, machine, environment, expires=expires, bound=bound)
+            self.truth.minted[text] = self.truth.primary
+        facts = KeyFacts(
+            key.id, key.name, machine, environment, self.truth.primary, expires=expires, bound=bound
+        )
         self.truth.set_key(self.world.now, text, facts)
         self.world.note(lambda: f"the administrator adds {facts}")
 
@@ -296,9 +355,10 @@ class Scene:
             self._set_active(keys, *chosen, active=not chosen[1].active)
 
     def toggle(self, text: str) -> None:
-        """Disable or enable the key of this text, where there is one."""
+        """Disable or enable the key of this text, where there is one that was left alone for a while."""
         facts = self.truth.existing().get(text)
-        if facts is not None and self.server.up:
+        now = self.world.now
+        if facts is not None and self.server.up and not self.truth.keys[text].changes(now - self.rest, now):
             self._set_active(self.keys, text, facts, active=not facts.active)
             self.announce()
 
@@ -341,9 +401,70 @@ class Scene:
             self.world.note(lambda: f"the administrator deletes machine {id_}")
 
     def _promote_pepper(self, keys: Keys) -> None:
-        pepper = self.rng.choice(RING.peppers).id
-        self.server.store.set_pepper_status(pepper, "primary", Author("simulation", datetime.now(UTC)))
-        self.world.note(lambda: f"the administrator makes pepper {pepper} primary")
+        self._set_pepper(self.rng.choice(PEPPERS.peppers[:2]).id, "primary")
+
+    def _set_pepper(self, pepper: str, status: PepperStatus) -> None:
+        self.server.store.set_pepper_status(pepper, status, Author("simulation", datetime.now(UTC)))
+        self.truth.set_pepper(self.world.now, pepper, status)
+        self.world.note(lambda: f"the administrator makes pepper {pepper} {status}")
+
+    def tend_peppers(self) -> None:
+        """Take one step in the life of a pepper, unless the store is away."""
+        self.world.after(self.policies.expovariate(1.5), self.tend_peppers)
+        if not self.server.up:
+            return
+        self.policies.choice(
+            (
+                self._add_pepper,
+                *[self._deploy] * 2,
+                *[self._replace_primary] * 2,
+                self._retire_pepper,
+                self._readmit,
+            )
+        )()
+        self.announce()
+
+    def _add_pepper(self) -> None:
+        store = self.server.store
+        installation, there, _ = store.describe()
+        unknown = [pepper for pepper in PEPPERS.peppers if pepper.id not in {record.id for record in there}]
+        if unknown:
+            record = PepperRecord(unknown[0].id, unknown[0].proof(installation), "accept")
+            store.add_pepper(record, Author("simulation", datetime.now(UTC)))
+            self.truth.set_pepper(self.world.now, record.id, "accept")
+            self.world.note(lambda: f"the administrator adds pepper {record.id}")
+
+    def _deploy(self) -> None:
+        """Hand out what there is, to who begins from now on; one process does at once."""
+        self.handed_out = max(self.handed_out, len(self.server.store.describe().peppers))
+        self._restart(self.policies.randrange(len(self.apps)))
+
+    def _pepper_that_is(self, status: PepperStatus) -> str | None:
+        there = [record.id for record in self.server.store.describe().peppers if record.status == status]
+        return self.policies.choice(there) if there else None
+
+    def _replace_primary(self) -> None:
+        """Also by one that not every process has."""
+        if pepper := self._pepper_that_is("accept"):
+            self._set_pepper(pepper, "primary")
+            self.create_key(self.keys)
+
+    def _retire_pepper(self) -> None:
+        """Retire one that no key uses; or one that leaked, whose keys must go with it."""
+        pepper = self._pepper_that_is("accept")
+        if pepper and (not self.server.store.count_digests(pepper) or self.policies.random() < 0.5):
+            self._set_pepper(pepper, "retired")
+            self.world.after(MAX_STALENESS + 0.1, lambda: self._ask_for_keys_of(pepper))
+
+    def _ask_for_keys_of(self, pepper: str) -> None:
+        for text, facts in self.truth.existing().items():
+            if facts.pepper == pepper:
+                for app in self.apps:
+                    app.ask(Asked(text, inside=True, needs=""))
+
+    def _readmit(self) -> None:
+        if pepper := self._pepper_that_is("retired"):
+            self._set_pepper(pepper, "accept")
 
     # faults
 
@@ -357,6 +478,7 @@ class Scene:
             (faults.down, self._go_down),
             (faults.mute, self._mute),
             (faults.restore, self._restore),
+            (self.forks, self._fork),
         ):
             if rate:
                 self._again(rate, event)
@@ -380,11 +502,22 @@ class Scene:
         self.world.after(seconds, mend)
 
     def _crash(self) -> None:
-        place = self.rng.randrange(len(self.apps))
+        self._restart(self.rng.randrange(len(self.apps)))
+
+    def _restart(self, place: int) -> None:
         app = self.apps[place]
         self.world.note(lambda: f"{app.process.name} crashes and begins anew")
         app.process.dead = True
         self.apps[place] = App(self, app.process.name)
+
+    def _fork(self) -> None:
+        app = self.policies.choice(self.apps)
+        child = self.policies.random() < 0.8
+        if not app.process.held:
+            self.world.note(
+                lambda: f"{app.process.name} forks, and goes on as the {'child' if child else 'parent'}"
+            )
+            app.fork(child=child)
 
     def _hold(self) -> None:
         app, seconds = self.rng.choice(self.apps), self.rng.choice((0.1, 0.6, 1.5, 2.1, 4.0))
@@ -453,29 +586,46 @@ class Scene:
 
     # the invariants
 
-    def judge(self, app: App, asked: Asked, answer: str, identity: Identity | None, began: float) -> None:
-        """Hold an answer against the truth: invariants (a), (b), (c)."""
+    def judge(
+        self, app: App, asked: Asked, answer: str, identity: Identity | None, began: float, *, stale: bool
+    ) -> None:
+        """Hold an answer against the truth: invariants (a), (b), (c), (f), (g)."""
         self.judged += 1
-        self.world.note(lambda: f"{app.process.name} answers {answer} to {asked}")
+        said = f"{answer}, stale" if stale else answer
+        self.world.note(lambda: f"{app.process.name} answers {said} to {asked}")
         try:
-            if answer == "store_unavailable":
+            if stale or answer == "store_unavailable":
                 self._check_outage(app, began)
-            else:
-                self._check_answer(app, asked, answer, identity)
+            if answer != "store_unavailable":
+                bound = self.max_age if stale and self.max_age is not None else MAX_STALENESS
+                self._check_answer(app, asked, answer, identity, bound)
+                self._check_watch(app, answer, began)
+                self.stale += stale
         except Violation as violation:
             self.violation = self.violation or violation
 
+    def _is_calm(self, app: App, began: float) -> bool:
+        """Tell whether no fault touched a process for the bound and a client's patience before."""
+        return began > app.network.last_fault + MAX_STALENESS + self.weather.patience
+
+    def _check_watch(self, app: App, answer: str, began: float) -> None:
+        trusted = app.cache.trusted_until > app.clock.uptime(app.process.last_reading)
+        if not trusted and answer != "malformed_key" and self._is_calm(app, began):
+            raise Violation("g", f"{app.process.name} trusts nothing, and no fault keeps it from reading")
+
     def _check_outage(self, app: App, began: float) -> None:
-        calm_since = app.network.last_fault + MAX_STALENESS + self.weather.patience
-        full = len(app.authenticator._under_way) >= self.limits.flights
-        if began > calm_since and not full:
+        full = len(app.flying) >= self.limits.flights
+        cannot_tell = self.truth.primary_missing(app.held, began - MAX_STALENESS, self.world.now)
+        if self._is_calm(app, began) and not full and not cannot_tell:
             raise Violation("c", f"{app.process.name} reports an outage of a store that answers")
 
-    def _check_answer(self, app: App, asked: Asked, answer: str, identity: Identity | None) -> None:
+    def _check_answer(
+        self, app: App, asked: Asked, answer: str, identity: Identity | None, bound: float
+    ) -> None:
         until = app.process.last_reading
-        since = until - self.bound - EPSILON
+        since = until - bound - EPSILON
         offsets = app.clock.since(since)
-        right = self.truth.answers(asked, since, until, offsets)
+        right = self.truth.answers(asked, since, until, offsets, app.held)
         if answer in right:
             if identity is not None and identity.key.name not in right[answer]:
                 raise Violation(
@@ -505,6 +655,8 @@ class Scene:
     def run(self) -> None:
         self.administer()
         self.plan_faults()
+        if self.rotates:
+            self.tend_peppers()
         rate = self.rng.choice((5.0, 10.0, 20.0))
         for place in range(len(self.apps)):
             self.load(place, rate)
@@ -542,6 +694,7 @@ class Outcome(NamedTuple):
 
     violation: Violation | None
     judged: int
+    stale: int
     trace: list[str]
 
 
@@ -552,7 +705,7 @@ def run(seed: int, bug: Bug | None = None, *, traced: bool = False) -> Outcome:
         try:
             scene.run()
         except Violation as violation:
-            return Outcome(violation, scene.judged, scene.world.trace)
+            return Outcome(violation, scene.judged, scene.stale, scene.world.trace)
         finally:
             scene.world.end()
-        return Outcome(None, scene.judged, scene.world.trace)
+        return Outcome(None, scene.judged, scene.stale, scene.world.trace)

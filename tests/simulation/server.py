@@ -46,6 +46,9 @@ class PartitionedStore(MemoryStore):
         self.tips[part] = next_epoch(self.tips[part])
         self.logs[part].append(self._log[-1]._replace(epoch=self.tips[part]))
 
+    def describe(self) -> Description:
+        return super().describe()._replace(peppers_in=PARTS)
+
     def delete_machine(self, machine_id: str, author: Any) -> None:
         """Delete it, and say so in every part that loses keys: else a restore of that part goes unseen."""
         parts = {self.part_of[key.id] for key in self.keys(machine_id=machine_id)}
@@ -153,6 +156,12 @@ class Network:
         self.feeds: list[SimulatedFeed] = []
         self.muted: dict[int, float] = {}
         process.on_hold = self.fault
+
+    def move_to(self, process: Process) -> None:
+        """Belong to a child, whose feeds are not its parent's."""
+        self._process = process
+        process.on_hold = self.fault
+        self.feeds.clear()
 
     def fault(self, lasting: float = 0.0) -> None:
         self.last_fault = max(self.last_fault, self._world.now + lasting)
@@ -311,13 +320,14 @@ class RemoteStore:
         return self.break_feed(SimulatedFeed(self))
 
     async def _call(self, what: str, steps: list[Callable[[Any], Any]]) -> Any:
-        waiting = self.process.loop.create_future()
+        process = self.process
+        waiting = process.loop.create_future()
 
         def done(answer: Any) -> None:
             if not waiting.done():
                 waiting.set_result(answer)
 
-        self.network.call(what, steps, lambda answer: self.process.post(lambda: done(answer)))
+        self.network.call(what, steps, lambda answer: process.post(lambda: done(answer)))
         answer = await waiting
         if isinstance(answer, StoreUnavailable):
             raise answer

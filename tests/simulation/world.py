@@ -288,22 +288,26 @@ class ProcessClock:
     """A process's two clocks. The wall clock may jump; every offset it had is remembered for the oracle."""
 
     def __init__(self, process: Process, offset: float = 0.0) -> None:
-        self._process = process
+        self.process = process
         self._boot = process.world.now - 1_000.0
         self.offsets = [(process.world.now, offset)]
 
     def monotonic(self) -> float:
-        value = self._process.world.now - self._boot
-        self._process.reads_clock()
+        value = self.uptime(self.process.world.now)
+        self.process.reads_clock()
         return value
 
     def time(self) -> float:
-        value = START + self._process.world.now + self.offsets[-1][1]
-        self._process.reads_clock()
+        value = START + self.process.world.now + self.offsets[-1][1]
+        self.process.reads_clock()
         return value
 
+    def uptime(self, now: float) -> float:
+        """Give what the monotonic clock says at a moment."""
+        return now - self._boot
+
     def jump(self, seconds: float) -> None:
-        self.offsets.append((self._process.world.now, self.offsets[-1][1] + seconds))
+        self.offsets.append((self.process.world.now, self.offsets[-1][1] + seconds))
 
     def since(self, when: float) -> list[float]:
         """Give every offset the wall clock had since a moment."""

@@ -85,6 +85,8 @@ class Description(NamedTuple):
 
     installation: str
     peppers: tuple[PepperRecord, ...]
+    peppers_in: int = 0
+    """The partition whose log tells of changes of peppers."""
 
 
 class Author(NamedTuple):

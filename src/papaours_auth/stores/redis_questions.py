@@ -106,7 +106,7 @@ class Questions:
             raise ConfigurationError("the Redis store has another schema: upgrade papaours-auth everywhere")
         self.installation = mark[b"installation"].decode()
         records = sorted(read_pepper(id_, packed) for id_, packed in pairs(peppers).items())
-        return Description(self.installation, tuple(records))
+        return Description(self.installation, tuple(records), META)
 
     def _missing(self) -> Exception:
         """An outage where a store was seen before, otherwise a wrong URL."""
