@@ -14,7 +14,7 @@ from papaours_auth import AsyncAuthenticator, Authenticator, Keys, PepperRing, o
 from papaours_auth.stores import Store
 from papaours_auth.stores.memory import AsyncMemoryStore, MemoryStore
 from support.doors import Door, Spy, open_door
-from support.sql_servers import SQLServer, mariadb, postgresql
+from support.sql_servers import SQLServer, mariadb, mysql, postgresql
 
 PEPPER = "p1:" + base64.urlsafe_b64encode(bytes(range(32))).decode()
 
@@ -135,4 +135,11 @@ def postgresql_server() -> Iterator[SQLServer]:
 def mariadb_server() -> Iterator[SQLServer]:
     """MariaDB, likewise."""
     with mariadb() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mysql_server() -> Iterator[SQLServer]:
+    """Oracle's MySQL, likewise."""
+    with mysql() as server:
         yield server

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from urllib.parse import quote
 
 import pytest
 from sqlalchemy import Engine, create_engine, event
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -41,10 +42,11 @@ from papaours_auth.digest import Candidate
 from papaours_auth.stores import AsyncStore, Author, Store, sql
 from papaours_auth.stores.sql import AsyncSQLStore, SQLFeed, SQLStore, Tables
 from papaours_auth.stores.sql_drivers import connect_within
+from papaours_auth.stores.sql_level import AtLevel
 from papaours_auth.testing import StoreContract
 from papaours_auth.verify import Claim, read
 from support.servers import wait_until
-from support.sql_servers import PASSWORD, SQLServer, free_port, mariadb, postgresql
+from support.sql_servers import MOST, PASSWORD, SERVERS, SQLServer, free_port, mariadb, mysql, postgresql
 
 SEED = "pk_prod_abc123def456ghi789"
 
@@ -67,6 +69,18 @@ class TestMariaDB(StoreContract):
     @pytest.fixture(autouse=True)
     def _database(self, mariadb_server: SQLServer) -> None:
         self.url = mariadb_server.url(mariadb_server.database())
+
+    def open(self) -> Store:
+        return open_store(self.url, create=True)
+
+    def open_async(self) -> AsyncStore:
+        return open_async_store(self.url)
+
+
+class TestMySQL(StoreContract):
+    @pytest.fixture(autouse=True)
+    def _database(self, mysql_server: SQLServer) -> None:
+        self.url = mysql_server.url(mysql_server.database())
 
     def open(self) -> Store:
         return open_store(self.url, create=True)
@@ -156,18 +170,25 @@ def test_an_engine_that_was_given_stays_open(mariadb_server: SQLServer, ring: Pe
 # what the tests below share
 
 
-@pytest.fixture(params=["postgresql", "mariadb"])
+@pytest.fixture(params=SERVERS)
 def server(request: pytest.FixtureRequest) -> SQLServer:
-    """Either server, to be left running."""
+    """Each server, to be left running."""
     server: SQLServer = request.getfixturevalue(f"{request.param}_server")
     return server
 
 
-@pytest.fixture(params=[postgresql, mariadb])
+@pytest.fixture(params=MOST)
 def victim(request: pytest.FixtureRequest) -> Iterator[SQLServer]:
-    """Either server, to be done to whatever a test likes."""
-    with request.param() as server:
+    """Each server, to be done to whatever a test likes."""
+    with {"postgresql": postgresql, "mariadb": mariadb, "mysql": mysql}[request.param]() as server:
         yield server
+
+
+@pytest.fixture(params=["mariadb", "mysql"])
+def either(request: pytest.FixtureRequest) -> SQLServer:
+    """MariaDB or MySQL, likewise."""
+    server: SQLServer = request.getfixturevalue(f"{request.param}_server")
+    return server
 
 
 @pytest.fixture
@@ -311,9 +332,9 @@ def test_the_journal_cannot_be_truncated(postgresql_store: SQLStore) -> None:
         connection.exec_driver_sql("truncate papaours_changes")
 
 
-def test_pitfall_09_a_loose_collation_finds_no_other_key(mariadb_server: SQLServer, ring: PepperRing) -> None:
+def test_pitfall_09_a_loose_collation_finds_no_other_key(either: SQLServer, ring: PepperRing) -> None:
     """MySQL's own collations take É for e, and pad with blanks."""
-    store = opened(mariadb_server.url(mariadb_server.database()))
+    store = opened(either.url(either.database()))
     seed(store, ring)
     machine = store.machines()[0]
     author = Author("x", datetime.now(UTC))
@@ -590,6 +611,70 @@ def test_a_backend_that_was_ended_costs_no_lookup(
     feed.close()
 
 
+@pytest.mark.parametrize("by", ["url", "engine"])
+def test_connections_that_mysql_ended_cost_neither_a_lookup_nor_a_change(
+    either: SQLServer, by: str, ring: PepperRing
+) -> None:
+    """SQLAlchemy lets a driver's own error through where the isolation level is set over a dead connection."""
+    name = either.database()
+    url = either.url(name, user="root", password="")
+    engine = create_engine(url.replace("://", "+pymysql://", 1))
+    store = opened(url) if by == "url" else SQLStore(engine)
+    store.create()
+    claim = seed(store, ring)
+
+    def use(number: int) -> None:
+        assert store.lookup(claim).record is not None
+        store.update_key(
+            store.keys()[0].id, {"name": f"{number}"}, "key.renamed", Author("x", datetime.now(UTC))
+        )
+
+    for number in range(3):
+        with store._reads.connect(), store._reads.connect():  # so many are in the pool
+            pass
+        either.end_connections(name)
+        use(number)
+    store.close()
+    engine.dispose()
+
+
+def test_connections_that_mysql_ended_cost_no_lookup_over_an_async_engine_of_ones_own(
+    either: SQLServer, ring: PepperRing
+) -> None:
+    name = either.database()
+    url = either.url(name, user="root", password="")
+    store = opened(url)
+    claim = seed(store, ring)
+
+    async def look() -> None:
+        engine = create_async_engine(url.replace("://", "+asyncmy://", 1))
+        twin = AsyncSQLStore(engine, store)
+        for _ in range(3):
+            await asyncio.gather(*[twin.lookup(claim) for _ in range(3)])
+            await asyncio.to_thread(either.end_connections, name)
+            assert (await twin.lookup(claim)).record is not None
+        await engine.dispose()
+
+    asyncio.run(look())
+    store.close()
+
+
+def test_an_isolation_level_that_is_refused_is_an_error_like_any_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(connection: object, level: str) -> None:
+        raise sqlite3.OperationalError("no")
+
+    engine = create_engine("sqlite://")
+    engine.connect().close()
+    monkeypatch.setattr(engine.dialect, "set_isolation_level", refuse)
+    with pytest.raises(DBAPIError) as error:
+        AtLevel(engine, "SERIALIZABLE").connect()
+    assert not error.value.connection_invalidated
+    monkeypatch.undo()
+    engine.dispose()
+
+
 def test_a_late_connection_is_closed() -> None:
     class Connection:
         def __init__(self) -> None:
@@ -666,6 +751,25 @@ def test_processes_that_create_at_once_make_one_store(url: str) -> None:
     outputs = {creator.communicate(timeout=60)[0] for creator in creators}
     assert len(outputs) == 1
     assert {creator.returncode for creator in creators} == {0}
+
+
+def test_who_waits_for_another_to_make_the_tables_waits_longer_than_for_an_answer(
+    either: SQLServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("papaours_auth.stores.sql_drivers.WRITE_TIMEOUT", 1.3)
+    url = either.url(either.database())
+    other = create_engine(
+        url.replace("://", "+pymysql://", 1).replace("papaours:" + quote(PASSWORD), "root:")
+    )
+    with other.connect() as connection:
+        connection.exec_driver_sql("select get_lock('papaours-auth schema', 0)")
+        late = threading.Timer(
+            1.6, connection.exec_driver_sql, ["select release_lock('papaours-auth schema')"]
+        )
+        late.start()
+        opened(url).close()
+        late.join()
+    other.dispose()
 
 
 def test_a_creation_that_died_in_the_middle_is_finished_by_the_next(store: SQLStore, url: str) -> None:
@@ -753,6 +857,58 @@ def test_alembic_finds_nothing_to_change(store: SQLStore) -> None:
     with store._writes.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, Tables().metadata) == []
+
+
+def test_a_mysql_that_trusts_nobody_with_triggers_keeps_keys_all_the_same(
+    mysql_server: SQLServer, ring: PepperRing, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As it comes, with a binary log: its error 1419."""
+    mysql_server.execute("set global log_bin_trust_function_creators = off")
+    try:
+        store = opened(mysql_server.url(mysql_server.database()))
+    finally:
+        mysql_server.execute("set global log_bin_trust_function_creators = on")
+    assert "guarded by convention alone" in caplog.text
+    assert store.lookup(seed(store, ring)).record is not None
+    store.close()
+
+
+def test_what_sqlalchemy_says_of_a_mysql_that_is_called_mariadb_is_understood() -> None:
+    told = sql._misled(InvalidRequestError("MySQL version 9.7.4 is not a MariaDB variant."))
+    assert isinstance(told, ConfigurationError)
+    assert sql._misled(InvalidRequestError("another")) is None
+
+
+def test_a_mysql_that_is_called_mariadb_is_a_wrong_url_and_no_outage(mysql_server: SQLServer) -> None:
+    url = mysql_server.url(mysql_server.database()).replace("mysql://", "mariadb://")
+    with pytest.raises(ConfigurationError, match="write mysql://"):
+        open_store(url, create=True)
+    with pytest.raises(ConfigurationError, match="write mysql://"):
+        open_store(url).describe()
+    with pytest.raises(ConfigurationError, match="write mysql://"):
+        asyncio.run(open_async_store(url).describe())
+
+
+def test_a_password_that_mysql_has_not_cached_is_told_it_by_either_driver(
+    mysql_server: SQLServer, ring: PepperRing
+) -> None:
+    """By caching_sha2_password: encrypted with the server's key, where the connection is not."""
+    url = mysql_server.url(mysql_server.database())
+    store = opened(url)
+    claim = seed(store, ring)
+    store.close()
+
+    async def look() -> None:
+        twin = open_async_store(url)
+        assert (await twin.lookup(claim)).record is not None
+        await twin.aclose()
+
+    mysql_server.execute("flush privileges")  # and what it has cached
+    asyncio.run(look())
+    mysql_server.execute("flush privileges")
+    store = opened(url)
+    assert store.lookup(claim).record is not None
+    store.close()
 
 
 def test_tables_that_alembic_made_are_taken_over(server: SQLServer, ring: PepperRing) -> None:

@@ -22,7 +22,7 @@ from papaours_auth.usage.questions import AsyncUsage, Count, Usage, rotations
 from papaours_auth.usage.reader import Ask, Cell, Row, micro, moment, open_reader
 from papaours_auth.usage.sqlite import SQLiteReader, SQLiteSink
 from support.servers import wait_until
-from support.sql_servers import SQLServer
+from support.sql_servers import SERVERS, SQLServer
 from support.usage import CALLER
 
 NOON = datetime.now(UTC).replace(hour=12, minute=0, second=0, microsecond=0) - timedelta(days=1)
@@ -56,10 +56,10 @@ class Place:
         self.sink.write(Batch("p", self._sequence, events))
 
 
-@pytest.fixture(params=["sqlite", "postgresql", "mariadb", "sqlalchemy+sqlite"])
+@pytest.fixture(params=["sqlite", *SERVERS, "sqlalchemy+sqlite"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     url = f"{request.param}:///{tmp_path}/usage.db"
-    if request.param in ("postgresql", "mariadb"):
+    if request.param in SERVERS:
         server: SQLServer = request.getfixturevalue(f"{request.param}_server")
         url = server.url(server.database())
     return Place(url)

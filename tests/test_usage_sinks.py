@@ -22,7 +22,7 @@ from papaours_auth.usage.questions import Usage
 from papaours_auth.usage.rollup import DAY, HOUR, OTHER, SECOND, Bucket, Retention, Tally
 from papaours_auth.usage.sql import SQLReader, SQLSink, multiplied
 from papaours_auth.usage.sqlite import SQLiteSink
-from support.sql_servers import SQLServer
+from support.sql_servers import SERVERS, SQLServer
 from support.usage import call
 
 NOW = time.time_ns() // 1000
@@ -85,12 +85,18 @@ class TestMariaDB(BySQLAlchemy):
         self.url = mariadb_server.url(mariadb_server.database())
 
 
+class TestMySQL(BySQLAlchemy):
+    @pytest.fixture(autouse=True)
+    def _database(self, mysql_server: SQLServer) -> None:
+        self.url = mysql_server.url(mysql_server.database())
+
+
 # what is added up, and for how long it is kept: the same in all
 
 
-@pytest.fixture(params=["sqlite", "sqlalchemy+sqlite", "postgresql", "mariadb"])
+@pytest.fixture(params=["sqlite", "sqlalchemy+sqlite", *SERVERS])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param in ("postgresql", "mariadb"):
+    if request.param in SERVERS:
         server: SQLServer = request.getfixturevalue(f"{request.param}_server")
         return server.url(server.database())
     return f"{request.param}:///{tmp_path}/usage.db"
@@ -509,11 +515,28 @@ def test_many_rows_go_in_a_statement_whatever_the_server_calls_the_given_ones() 
             )
 
 
+@pytest.fixture(params=["mariadb", "mysql"])
+def either(request: pytest.FixtureRequest) -> SQLServer:
+    server: SQLServer = request.getfixturevalue(f"{request.param}_server")
+    return server
+
+
+def test_connections_that_mysql_ended_cost_neither_a_batch_nor_an_answer(either: SQLServer) -> None:
+    name = either.database()
+    sink, usage = open_sink(either.url(name)), Usage(either.url(name))
+    for number in range(1, 4):
+        sink.write(Batch("p", number, [event()]))
+        last = usage.last_used("key_1")
+        assert last is not None
+        assert last.calls == number
+        either.end_connections(name)
+
+
 def test_who_makes_the_tables_for_too_long_is_not_waited_for(
-    mariadb_server: SQLServer, monkeypatch: pytest.MonkeyPatch
+    either: SQLServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("papaours_auth.usage.sql_tables._LOCK_SECONDS", 0)
-    url = mariadb_server.url(mariadb_server.database())
+    url = either.url(either.database())
     other, sink = open_sink(url), open_sink(url)
     assert isinstance(other, SQLSink)
     with other._engine.connect() as connection:

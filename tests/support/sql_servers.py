@@ -1,4 +1,7 @@
-"""PostgreSQL and MariaDB, started by the tests on a free port, and stopped by process id."""
+"""PostgreSQL, MariaDB and MySQL, started by the tests on a free port, and stopped by process id.
+
+MySQL is Oracle's (or Percona's): it is used where the machine has its `mysqld` on the PATH. Debian's is MariaDB's.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,9 @@ from sqlalchemy.exc import DBAPIError
 from support.servers import START_SECONDS, is_stopped, wait_until
 
 PASSWORD = "hunter2-“é”"
+SERVERS = ("postgresql", "mariadb", "mysql")
+MOST = SERVERS if os.environ.get("PAPAOURS_MYSQL") == "all" else ("postgresql", "mariadb")
+"""What runs on MySQL only when asked to: it takes a minute, and differs little from MariaDB."""
 
 
 class SQLServer:
@@ -69,6 +75,13 @@ class SQLServer:
         else:
             self.execute(f"create database {name}", f"grant all on {name}.* to papaours")
         return name
+
+    def end_connections(self, database: str) -> None:
+        """End MySQL's or MariaDB's as after its `wait_timeout`: their pools do not know."""
+        listed = f"select id from information_schema.processlist where db = '{database}'"
+        for row in self.execute(listed):
+            self.execute(f"kill {row[0]}")
+        wait_until(lambda: not self.execute(listed), 10, what="the connections to end")
 
     def start(self) -> None:
         with (self.folder / "log").open("ab") as log:
@@ -152,6 +165,16 @@ def postgresql_binaries() -> Path | None:
 @cache
 def mariadb_binary() -> str | None:
     return shutil.which("mariadbd") or shutil.which("mariadbd", path="/usr/sbin:/usr/local/sbin")
+
+
+@cache
+def mysql_binary() -> str | None:
+    """Find a `mysqld` that is not MariaDB's, which goes by that name too."""
+    found = shutil.which("mysqld") or shutil.which("mysqld", path="/usr/sbin:/usr/local/sbin")
+    if found is None:
+        return None
+    said = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
+    return found if said.returncode == 0 and "MariaDB" not in said.stdout else None
 
 
 @contextmanager
@@ -248,3 +271,31 @@ def mariadb() -> Iterator[SQLServer]:
         server = SQLServer("mariadb", folder, command, user)
         with _running(server, f"create user papaours identified by '{PASSWORD}'") as running:
             yield running
+
+
+@contextmanager
+def mysql() -> Iterator[SQLServer]:
+    """Start MySQL as it comes, with a binary log and passwords by caching_sha2_password; likewise."""
+    binary = mysql_binary()
+    if binary is None:
+        pytest.skip("no Oracle MySQL on the PATH: `mysqld --version` must not say MariaDB (CONTRIBUTING.md)")
+    user = _server_user("mysql")
+    with _folder(user) as folder:
+        common = [binary, "--no-defaults", f"--datadir={folder}/data", *_MYSQL_IN_HASTE]
+        subprocess.run(
+            [*common, "--initialize-insecure"], check=True, user=user, capture_output=True, cwd=folder
+        )
+        command = [
+            *common, f"--socket={folder}/socket", "--port=PORT", "--bind-address=127.0.0.1", "--mysqlx=OFF",
+            f"--pid-file={folder}/pid", "--log-bin-trust-function-creators=ON",
+        ]  # fmt: skip
+        server = SQLServer("mysql", folder, command, user)
+        with _running(server, f"create user papaours identified by '{PASSWORD}'") as running:
+            yield running
+
+
+_MYSQL_IN_HASTE = (
+    *("--innodb-flush-log-at-trx-commit=0", "--sync-binlog=0", "--innodb-flush-method=nosync"),
+    *("--innodb-doublewrite=OFF", "--innodb-redo-log-capacity=8M", "--performance-schema=OFF"),
+    "--secure-file-priv=NULL",
+)

@@ -36,7 +36,7 @@ from sqlalchemy import (
     true,
     update,
 )
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError, SQLAlchemyError
 
 from .._fork import hold_across_fork
 from ..digest import PepperStatus
@@ -70,6 +70,7 @@ from .records import (
     read_machine,
 )
 from .sql_drivers import DEFAULT_TIMEOUT, LoopEngines, read_url
+from .sql_level import AtLevel, at_level, died_idle
 from .sql_tables import DEFAULT_PREFIX, SCHEMA_VERSION, Tables, create, is_missing
 
 if TYPE_CHECKING:
@@ -83,8 +84,6 @@ POLL_INTERVAL: Final = 0.02
 """Seconds between two looks at the tip where nothing is announced: 0.1 to 0.3 ms each, so 1 % of a connection."""
 HEARD_WITHIN: Final = 1.0
 """Seconds within which PostgreSQL's announcements must prove to arrive. Until then, and else, the tip is polled."""
-AT_ONCE: Final = 0.1
-"""Seconds in which a connection that had died in the pool says so."""
 LOG_READ: Final = 10_000
 """Changes a watcher reads at once: further behind, it drops its whole cache."""
 
@@ -235,8 +234,8 @@ class SQLStore:
         self.tables = tables if tables is not None else Tables(prefix, schema)
         self._engine = engine
         self._writer = writer if writer is not None else engine
-        self._reads = engine.execution_options(isolation_level="AUTOCOMMIT")
-        self._writes = self._writer.execution_options(isolation_level=_WRITING[engine.dialect.name])
+        self._reads = AtLevel(engine, "AUTOCOMMIT")
+        self._writes = AtLevel(self._writer, _WRITING[engine.dialect.name])
         self._statements = _Statements(self.tables)
         self._seen = False  # its tables, once: what is missing later was lost
         self._closed = False
@@ -250,7 +249,7 @@ class SQLStore:
                 create(connection, self.tables)
                 connection.commit()
         except SQLAlchemyError as error:
-            raise ConfigurationError(
+            raise _misled(error) or ConfigurationError(
                 f"the SQL store cannot be made ({_cause(error)}): check the URL and what its role may do"
             ) from None
         self.describe()
@@ -302,7 +301,7 @@ class SQLStore:
             with self._reads.connect() as connection:
                 answer = ask(connection)
         except SQLAlchemyError as error:
-            if not _died_idle(error, begin):
+            if not died_idle(error, begin):
                 raise self.judged(error) from None
         else:
             self._seen = True
@@ -319,7 +318,7 @@ class SQLStore:
                         "the SQL store's tables are not there: run 'papaours-auth init', or check schema and "
                         "prefix in the URL (PAPAOURS_STORE)"
                     )
-        return _unavailable(error)
+        return _misled(error) or _unavailable(error)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -611,7 +610,7 @@ class AsyncSQLStore:
         try:
             return await self._ask(statement, values)
         except SQLAlchemyError as error:
-            if not _died_idle(error, begin):
+            if not died_idle(error, begin):
                 raise await asyncio.to_thread(self._sync.judged, error) from None
         with _outages():
             return await self._ask(statement, values)
@@ -624,8 +623,8 @@ class AsyncSQLStore:
                 if isinstance(engine, LoopEngines):
                     engine = await engine.here()
                 async with engine.connect() as connection:
-                    reading = await connection.execution_options(isolation_level="AUTOCOMMIT")
-                    rows: Sequence[_Row] = (await reading.execute(statement, values)).all()
+                    await connection.run_sync(at_level, "AUTOCOMMIT")
+                    rows: Sequence[_Row] = (await connection.execute(statement, values)).all()
                     return rows
         except TimeoutError:
             raise StoreUnavailable("the SQL store does not answer in time") from None
@@ -672,7 +671,7 @@ class SQLFeed:
             return self._connected().execute(statement, values).all()
         except SQLAlchemyError as error:
             self._disconnect()
-            if fresh or not _died_idle(error, begin):
+            if fresh or not died_idle(error, begin):
                 raise _unavailable(error) from None
         try:
             return self._connected().execute(statement, values).all()
@@ -848,15 +847,16 @@ def _cause(error: SQLAlchemyError) -> str:
     return type(original).__name__ if number is None else f"{type(original).__name__} {number}"
 
 
+def _misled(error: SQLAlchemyError) -> ConfigurationError | None:
+    if isinstance(error, InvalidRequestError) and "not a MariaDB" in str(error):
+        return ConfigurationError(
+            "the mariadb:// URL leads to a MySQL server: write mysql:// (PAPAOURS_STORE)"
+        )
+    return None
+
+
 def _unavailable(error: SQLAlchemyError) -> StoreUnavailable:
     return StoreUnavailable(f"the SQL store cannot answer ({_cause(error)})")
-
-
-def _died_idle(error: SQLAlchemyError, begin: float) -> bool:
-    """Tell whether a connection turned out to be dead at once: worth a second try, unlike one that timed out."""
-    return (
-        isinstance(error, DBAPIError) and error.connection_invalidated and time.monotonic() - begin < AT_ONCE
-    )
 
 
 @contextmanager

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from sqlalchemy import Connection, func, select
 
 from ..exceptions import ConfigurationError
+
+_LOOK_UP: Final = 1
+"""Seconds of waiting in one statement: all of it would take longer than a connection waits for an answer."""
 
 
 class Lock(NamedTuple):
@@ -30,8 +34,12 @@ def alone(connection: Connection, lock: Lock, seconds: int) -> Iterator[None]:
         connection.execute(select(func.pg_advisory_xact_lock(lock.number)))
         yield  # given up with the transaction
     elif name in ("mysql", "mariadb"):
-        if not connection.scalar(select(func.get_lock(lock.name, seconds))):
-            raise ConfigurationError(f"another process has been making the {lock.what} tables for too long")
+        end = time.monotonic() + seconds
+        while not connection.scalar(select(func.get_lock(lock.name, min(seconds, _LOOK_UP)))):
+            if time.monotonic() >= end:
+                raise ConfigurationError(
+                    f"another process has been making the {lock.what} tables for too long"
+                )
         try:
             yield
             connection.commit()  # before the next one looks

@@ -28,6 +28,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ..exceptions import StoreUnavailable
 from ..stores.sql_drivers import read_url
+from ..stores.sql_level import AtLevel
 from ..stores.sql_lock import alone
 from .ledger import Desk, prefixed
 from .reader import Ask, Cell, Row
@@ -129,7 +130,7 @@ class SQLLedger(SQLReader):
     def __init__(self, engine: Engine, *, prefix: str = DEFAULT_PREFIX, schema: str | None = None) -> None:
         super().__init__(engine, prefix=prefix, schema=schema)
         self._signs = SignsTables(prefix, schema)
-        self._writes = engine.execution_options(isolation_level=_WRITING[engine.dialect.name])
+        self._writes = AtLevel(engine, _WRITING[engine.dialect.name])
         self._waiting = _Waiting(0, 0, frozenset())
 
     def prepare(self) -> None:
@@ -189,7 +190,7 @@ class SQLLedger(SQLReader):
                 return frozenset(row[0] for row in rows)
         # A batch raises its producer's mark first: those that only a dirty read sees are at work.
         marks = select(self._tables.batches.c.producer, self._tables.batches.c.sequence)
-        dirty = self._engine.execution_options(isolation_level="READ UNCOMMITTED")
+        dirty = AtLevel(self._engine, "READ UNCOMMITTED")
         with dirty.connect() as connection:
             begun = connection.execute(marks).all()
         with self._writes.connect() as connection:

@@ -35,6 +35,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from .._fork import hold_across_fork
 from ..exceptions import ConfigurationError, StoreUnavailable
 from ..stores.sql_drivers import Place, read_url
+from ..stores.sql_level import AtLevel
 from . import rollup
 from .event import Event
 from .reader import Ask, Cell, Row
@@ -135,7 +136,7 @@ class SQLSink(_OverEngine):
     ) -> None:
         self._tables = UsageTables(prefix, schema)
         self._engine = _tried(engine)
-        self._writes = engine.execution_options(isolation_level=_WRITING[engine.dialect.name])
+        self._writes = AtLevel(engine, _WRITING[engine.dialect.name])
         self._retention = retention
         self._ready = False
         self._pruned = float("-inf")
@@ -178,7 +179,7 @@ class SQLReader(_OverEngine):
         self._tables = UsageTables(prefix, schema)
         self.prefix = f"{schema}.{prefix}" if schema else prefix
         self._engine = _tried(engine)
-        self._reads = engine.execution_options(isolation_level=_READING[engine.dialect.name])
+        self._reads = AtLevel(engine, _READING[engine.dialect.name])
         hold_across_fork(self)
 
     @contextmanager
