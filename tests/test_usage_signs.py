@@ -868,10 +868,11 @@ def test_nothing_is_made_where_nothing_was_recorded(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable):
         Watch(tmp_path / "absent.db").step()
     assert not (tmp_path / "absent.db").exists()
-    sqlite3.connect(tmp_path / "other.db").executescript("create table a(b)")
-    with pytest.raises(StoreUnavailable):
-        Watch(tmp_path / "other.db").step()
-    tables = sqlite3.connect(tmp_path / "other.db").execute("select name from sqlite_schema").fetchall()
+    with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as other:
+        other.executescript("create table a(b)")
+        with pytest.raises(StoreUnavailable):
+            Watch(tmp_path / "other.db").step()
+        tables = other.execute("select name from sqlite_schema").fetchall()
     assert tables == [("a",)]  # nothing is made in another's file
 
 

@@ -22,6 +22,7 @@ from papaours_auth.usage.spool import (
     Segment,
     Spool,
     Unreadable,
+    _forget_new,
     read_segment,
     records,
 )
@@ -282,6 +283,31 @@ def test_a_lock_that_another_took_meanwhile_is_not_ours(
     monkeypatch.setattr("fcntl.flock", taken)
     with pytest.raises(BlockingIOError):
         Spool(tmp_path, producer=DEAD, segment_bytes=8192, max_bytes=1 << 20)
+
+
+@pytest.mark.parametrize("other", ["holds it", "has cleared it away"])
+def test_a_new_lock_that_another_process_takes_for_a_dead_ones_is_made_again(
+    other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers that begin at once: one looks for the dead between the other's opening and locking of its own."""
+    real = fcntl.flock
+    met: list[str] = []
+
+    def first_met(descriptor: int, operation: int) -> None:
+        if not met:
+            met.append(other)
+            (made,) = tmp_path.glob("*.new")
+            if other == "holds it":
+                made.unlink()
+                raise BlockingIOError
+            _forget_new(made)
+        real(descriptor, operation)
+
+    monkeypatch.setattr("fcntl.flock", first_met)
+    spool = Spool(tmp_path, producer=DEAD, segment_bytes=8192, max_bytes=1 << 20)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{DEAD}.lock"]
+    assert met
+    spool.close(keep=False)
 
 
 def test_a_sink_that_hangs_does_not_stop_the_making_of_segments(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ _LARGEST: Final = 1 << 30  # bytes of a file that is read whole
 _LOCK: Final = re.compile(r"[0-9a-f]{16}\.lock")
 _NEW: Final = re.compile(r"[0-9a-f]{16}\.[0-9a-f]{8}\.new")
 _SET_ASIDE: Final = ".unreadable"
+_TRIES: Final = 10  # to make a lock, which other processes may take for a dead one's before it is locked
 _PASSING: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR)
 CELL: Final = 8
 EVENT, REFUSALS = 1, 2
@@ -200,16 +201,15 @@ class Spool:
         self.folder, self.producer = folder, producer
         self._segment_bytes, self._max_bytes = segment_bytes, max_bytes
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Locked before it has its name, so that nobody can take it for a dead producer's.
         self._lock = folder / f"{producer}.lock"
-        made = folder / f"{producer}.{secrets.token_hex(4)}.new"
-        self._descriptor = os.open(made, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            made.rename(self._lock)
-        except BaseException:
-            os.close(self._descriptor)
-            raise
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                self._descriptor = _lock_anew(self._lock)
+            except (BlockingIOError, FileNotFoundError):  # another process has just taken it for a dead one's
+                if not tries_left:
+                    raise
+            else:
+                return
 
     def segment(self, sequence: int) -> Segment:
         """Make the next segment. Raises `OSError`, also where the folder has reached its bound."""
@@ -243,6 +243,19 @@ class Spool:
     def forget(self) -> None:
         """In a child: the lock is the parent's. Closing our copy does not release it."""
         os.close(self._descriptor)
+
+
+def _lock_anew(lock: Path) -> int:
+    """Make a lock, locked before it has its name, so that nobody takes it for a dead producer's."""
+    made = lock.with_name(f"{lock.stem}.{secrets.token_hex(4)}.new")
+    descriptor = os.open(made, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        made.rename(lock)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _adopt(lock: Path) -> Left | None:
