@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import NamedTuple
@@ -103,9 +103,27 @@ def stop(process: subprocess.Popen[bytes]) -> int:
 
 
 def wait_for_workers(server: Server, started: int) -> None:
-    """Granian loses a SIGTERM that comes before a worker has started: `stop` would have to kill it, 20 s later."""
-    if b"granian" in server.log.read_bytes():
+    """Wait until workers have started: else a SIGTERM is lost to them, and `stop` has to kill them, 20 s later.
+
+    Granian logs how many have ``started`` in all. Gunicorn's two are ready once they handle SIGABRT; no master does.
+    """
+    log = server.log.read_bytes()
+    if b"granian" in log:
         wait_until(lambda: server.log.read_bytes().count(b"Started worker") >= started, 30, what="workers")
+    elif b"gunicorn" in log:
+        wait_until(lambda: _handles_abort(server.process.pid) == [True, True], 30, what="workers")
+
+
+def _handles_abort(master: int) -> list[bool]:
+    """Tell of each worker of a gunicorn whether it handles SIGABRT."""
+    found = []
+    for child in Path(f"/proc/{master}/task/{master}/children").read_text().split():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            process = Path("/proc", child)
+            if b"gunicorn" in (process / "cmdline").read_bytes():
+                status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+                found.append(bool(int(status["SigCgt"], 16) >> (signal.SIGABRT - 1) & 1))
+    return found
 
 
 def is_stopped(pid: int) -> bool:
