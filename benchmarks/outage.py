@@ -59,16 +59,18 @@ def _measure(result: Result, name: str, kind: Kind, seconds: float) -> list[Poin
         broken.take_away()
         time.sleep(seconds)
         fleet.begin("recovery", 0)
+        begun = time.monotonic()
+        broken.give_back()  # ends when the server takes connections, which PostgreSQL's recovery keeps it from
         back = time.monotonic()
-        broken.give_back()
         time.sleep(5.0)
         reports = fleet.stop()
     worst = {phase: max(report[phase]["p99"] for report in reports) * 1e3 for phase in ("quiet", "outage")}
     result.add(f"{name}: p99 quiet", worst["quiet"], "ms")
     result.add(f"{name}: p99 in the outage", worst["outage"], "ms", goal=5.0)
     result.add(f"{name}: longest in the outage", max(r["outage"]["longest"] for r in reports) * 1e3, "ms")
-    recovered = max(report["recovery"]["first_accepted"] for report in reports) - back
-    result.add(f"{name}: uncached keys verified again after", recovered * 1e3, "ms", goal=1000.0)
+    recovered = max(0.0, max(report["recovery"]["first_accepted"] for report in reports) - back)
+    note = f"the server itself took {(back - begun) * 1e3:.0f} ms to take connections again"
+    result.add(f"{name}: uncached keys verified again after", recovered * 1e3, "ms", goal=1000.0, note=note)
     result.add(f"{name}: wrong answers", _wrong(reports), "", goal=0.0)
     threads = max(r["outage"]["threads"] for r in reports) - max(r["quiet"]["threads"] for r in reports)
     result.add(f"{name}: threads more than before", threads, "", goal=1.0)
