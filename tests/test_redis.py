@@ -39,6 +39,7 @@ from papaours_auth import (
 from papaours_auth.cli import main
 from papaours_auth.exceptions import UnreadableRecord
 from papaours_auth.format import KeyFormat
+from papaours_auth.model import Machine
 from papaours_auth.stores import Author, Epoch, Feed, News, PepperRecord, Store
 from papaours_auth.stores.records import moment
 from papaours_auth.stores.redis import RedisStore
@@ -1385,15 +1386,20 @@ def sees_all(server: RedisServer) -> bool:
     return b"cluster_state:ok" in server.say("CLUSTER", "INFO")
 
 
+def with_keys_in_all_parts(house: House) -> tuple[Machine, list[str]]:
+    machine = house.keys.machines()[0]
+    texts = [f"pk_prod_{number:012}x" for number in range(40)]
+    for text in texts:
+        house.keys.import_key(machine.id, text, name="Production - Import")
+    return machine, texts
+
+
 def test_a_cluster_that_lost_a_node_verifies_the_keys_of_the_others(
     cluster: list[RedisServer], ring: PepperRing
 ) -> None:
     url = Estate("redis+cluster", cluster).url(timeout=2)
     with furnished(url, ring) as house:
-        machine = house.keys.machines()[0]
-        texts = [f"pk_prod_{number:012}x" for number in range(40)]
-        for text in texts:
-            house.keys.import_key(machine.id, text, name="Production - Import")
+        machine, texts = with_keys_in_all_parts(house)
         nodes = house.store._router._nodes
         keep = nodes[16 + crc32(machine.id.encode()) % 16]
         gone = next(server for server in cluster if server.port != keep.port)
@@ -1443,10 +1449,7 @@ def test_what_a_verifier_says_while_a_node_of_the_cluster_is_away(
     url = Estate("redis+cluster", cluster).url(timeout=2)
     options: Any = {"environment": "prod", "peppers": ring, "max_staleness": 0.5}
     with furnished(url, ring) as house, Authenticator(url, **options) as door:
-        machine = house.keys.machines()[0]
-        texts = [f"pk_prod_{number:012}x" for number in range(40)]
-        for text in texts:
-            house.keys.import_key(machine.id, text, name="Production - Import")
+        machine, texts = with_keys_in_all_parts(house)
         ports = {partition: node.port for partition, node in house.store._router._nodes.items()}
         peppers = ports[META]
         if lost == "a node of keys":

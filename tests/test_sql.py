@@ -53,52 +53,40 @@ SEED = "pk_prod_abc123def456ghi789"
 # the contract
 
 
-class TestPostgreSQL(StoreContract):
+class ByURL(StoreContract):
+    """The contract, of the store at ``url``."""
+
+    url: str
+
+    def open(self) -> Store:
+        return open_store(self.url, create=True)
+
+    def open_async(self) -> AsyncStore:
+        return open_async_store(self.url)
+
+
+class TestPostgreSQL(ByURL):
     @pytest.fixture(autouse=True)
     def _database(self, postgresql_server: SQLServer) -> None:
         self.url = postgresql_server.url(postgresql_server.database())
 
-    def open(self) -> Store:
-        return open_store(self.url, create=True)
 
-    def open_async(self) -> AsyncStore:
-        return open_async_store(self.url)
-
-
-class TestMariaDB(StoreContract):
+class TestMariaDB(ByURL):
     @pytest.fixture(autouse=True)
     def _database(self, mariadb_server: SQLServer) -> None:
         self.url = mariadb_server.url(mariadb_server.database())
 
-    def open(self) -> Store:
-        return open_store(self.url, create=True)
 
-    def open_async(self) -> AsyncStore:
-        return open_async_store(self.url)
-
-
-class TestMySQL(StoreContract):
+class TestMySQL(ByURL):
     @pytest.fixture(autouse=True)
     def _database(self, mysql_server: SQLServer) -> None:
         self.url = mysql_server.url(mysql_server.database())
 
-    def open(self) -> Store:
-        return open_store(self.url, create=True)
 
-    def open_async(self) -> AsyncStore:
-        return open_async_store(self.url)
-
-
-class TestSQLiteBySQLAlchemy(StoreContract):
+class TestSQLiteBySQLAlchemy(ByURL):
     @pytest.fixture(autouse=True)
     def _folder(self, tmp_path: Path) -> None:
         self.url = f"sqlalchemy+sqlite:///{tmp_path}/keys.db"
-
-    def open(self) -> Store:
-        return open_store(self.url, create=True)
-
-    def open_async(self) -> AsyncStore:
-        return open_async_store(self.url)
 
 
 class OwnEngine(StoreContract):

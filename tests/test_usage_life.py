@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from support.counted import House, Load, Verdict, signal_a_worker, workers
-from support.servers import serving, stop, wait_for_workers
+from support.counted import House, Load, Verdict, signal_a_worker
+from support.servers import serving, stop, wait_for_workers, workers
 
 FINE = Verdict(lost=0, doubled=0, wrong=0, invented=0)
 CALLS = 400

@@ -217,11 +217,14 @@ class _Engine(Generic[_F]):
         claim = read(presented, format=self.format, peppers=ring)
         if isinstance(claim, Refused):
             try:
+                bound = self._binds(self._monotonic())
+                if bound and not self._primary_missing:  # before it is parsed again: a flood ends here
+                    raise claim
                 text = self.format.read(presented)
                 if text is None:
                     raise claim
                 # An issuer tag of none of our peppers: forged, unless the store has one that we lack.
-                if not self._binds(self._monotonic()):
+                if not bound:
                     return _Asked(Claim(text.environment, partition(presented), ()), None)
                 self._check_primary()
                 raise claim

@@ -31,7 +31,7 @@ from papaours_auth.digest import new_pepper, parse_peppers
 from papaours_auth.usage import Recorder
 from papaours_auth.usage.sqlite import SQLiteSink
 
-from .servers import wait_until
+from .servers import wait_until, workers
 
 THREADS = 4
 STATUSES = (200, 200, 200, 404, 500)
@@ -247,13 +247,6 @@ def _some(connection: socket.socket) -> bytes:
     return received
 
 
-def workers(process: int) -> list[int]:
-    """Give the processes a server serves from: those that live, of which one may end before it is looked at."""
-    listed = subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True, check=False)
-    commands = {int(word): _command(int(word)) for word in listed.stdout.split()}
-    return [pid for pid, command in commands.items() if command and b"resource_tracker" not in command]
-
-
 def signal_a_worker(process: int, number: signal.Signals) -> None:
     """End one of a server's workers by a signal, and wait until it is gone. Others may end by themselves."""
     ended = 0
@@ -268,14 +261,6 @@ def signal_a_worker(process: int, number: signal.Signals) -> None:
 
     wait_until(signalled, WAIT, what="a worker")
     wait_until(lambda: ended not in workers(process), WAIT, what=f"worker {ended} to end")
-
-
-def _command(pid: int) -> bytes:
-    """Give what a process was started with; nothing for one that is gone, or dead and not yet buried."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 @contextmanager

@@ -114,15 +114,30 @@ def wait_for_workers(server: Server, started: int) -> None:
         wait_until(lambda: _handles_abort(server.process.pid) == [True, True], 30, what="workers")
 
 
+def workers(process: int) -> list[int]:
+    """Give the processes a server serves from: those that live, of which one may end before it is looked at."""
+    listed = subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True, check=False)
+    commands = {int(word): _command(int(word)) for word in listed.stdout.split()}
+    return [pid for pid, command in commands.items() if command and b"resource_tracker" not in command]
+
+
+def _command(pid: int) -> bytes:
+    """Give what a process was started with; nothing for one that is gone, or dead and not yet buried."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def _handles_abort(master: int) -> list[bool]:
     """Tell of each worker of a gunicorn whether it handles SIGABRT."""
     found = []
-    for child in Path(f"/proc/{master}/task/{master}/children").read_text().split():
+    for worker in workers(master):
         with suppress(FileNotFoundError, ProcessLookupError):
-            process = Path("/proc", child)
-            if b"gunicorn" in (process / "cmdline").read_bytes():
-                status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
-                found.append(bool(int(status["SigCgt"], 16) >> (signal.SIGABRT - 1) & 1))
+            status = dict(
+                line.split(":", 1) for line in Path(f"/proc/{worker}/status").read_text().splitlines()
+            )
+            found.append(bool(int(status["SigCgt"], 16) >> (signal.SIGABRT - 1) & 1))
     return found
 
 
