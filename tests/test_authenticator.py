@@ -37,7 +37,7 @@ from papaours_auth import (
 from papaours_auth.authenticator import _Flight
 from papaours_auth.http import render
 from papaours_auth.outage import FIRST_RETRY
-from papaours_auth.stores import Author, Description, Found, PepperRecord, Store
+from papaours_auth.stores import Author, Description, Found, PepperRecord, Reading, Store
 from papaours_auth.verify import Claim
 from support.doors import Door, Gate, Later, Spy, Threaded, open_door
 from support.servers import wait_until
@@ -797,6 +797,11 @@ def test_an_answer_is_not_used_where_peppers_were_checked_anew_after_its_key_was
     assert isinstance(door.knock(SEED), Identity)
 
 
+def peppers_as(description: Description, **columns: Any) -> Description:
+    """Say other things of all peppers."""
+    return description._replace(peppers=tuple(each._replace(**columns) for each in description.peppers))
+
+
 def retire_first(store: Store) -> None:
     store.set_pepper_status("p2", "primary", AUTHOR)
     store.set_pepper_status("p1", "retired", AUTHOR)
@@ -868,6 +873,62 @@ def test_a_key_minted_under_a_primary_pepper_that_is_missing_is_not_taken_for_a_
     assert door.knock(key) is Reason.STORE_UNAVAILABLE
     assert spy.lookups == before
     assert isinstance(door.knock(SEED), Identity)  # the breaker is for a store that does not answer
+
+
+def test_what_was_judged_by_peppers_that_no_reading_told_is_not_kept(
+    opens: Callable[..., Door], spy: Spy, seed: str, clock: ManualClock
+) -> None:
+    """We asked for them between two backups: what we heard then is in no log, so nothing would ever take it back."""
+    add_second(spy.real, "accept")
+    door = opens(peppers=BOTH)
+    assert isinstance(door.knock(SEED), Identity)
+    clock.advance(door.authenticator.max_staleness)
+
+    def retired(ask: Callable[[], Description]) -> Description:
+        return peppers_as(ask(), status="retired")
+
+    spy.on_describe = retired
+    assert door.knock(SEED) is Reason.UNKNOWN_KEY
+    door.refresh()
+    assert isinstance(door.knock(SEED), Identity)
+
+
+def test_peppers_are_asked_for_once_while_readings_tell_them(
+    opens: Callable[..., Door], spy: Spy, seed: str, clock: ManualClock
+) -> None:
+    """A store that goes on after an outage is not asked for more than the key."""
+    add_second(spy.real, "accept")
+    door = opens(peppers=BOTH)
+    door.start()
+    spy.on_describe = unavailable
+    for retired in (False, True):
+        if retired:
+            retire_first(spy.real)
+        clock.advance(door.authenticator.max_staleness)
+        door.refresh()
+        assert door.knock(STRANGER) is Reason.UNKNOWN_KEY
+    assert door.knock(SEED) is Reason.UNKNOWN_KEY  # it was digested under the one that is retired
+
+
+def test_a_pepper_that_a_reading_tells_to_be_another_one_is_an_outage(
+    opens: Callable[..., Door], spy: Spy, seed: str
+) -> None:
+    door = opens()
+    assert isinstance(door.knock(SEED), Identity)
+
+    def tells(ask: Callable[[], Reading]) -> Reading:
+        reading = ask()
+        peppers = peppers_as(spy.real.describe(), proof=b"?" * 32).peppers
+        return reading._replace(news={0: reading.news[0]._replace(peppers=peppers)})
+
+    spy.on_read = tells
+    door.refresh()
+    spy.on_read = unavailable
+    spy.on_describe = lambda ask: peppers_as(ask(), proof=b"?" * 32)
+    assert door.knock(SEED) is Reason.STORE_UNAVAILABLE
+    assert door.knock(STRANGER) is Reason.STORE_UNAVAILABLE
+    assert not door.authenticator.health().ok
+    assert "'p1' is not the one this store was made with" in door.authenticator.health().error
 
 
 # options, start and close

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import pytest
 from papaours_auth import Identity, Key, Machine, Reason
 from papaours_auth.cache import CLOCK_SHIFT, Cache
 from papaours_auth.model import Record
-from papaours_auth.stores import Epoch, News, Reading
+from papaours_auth.stores import Epoch, News, PepperRecord, Reading
 from papaours_auth.verify import Standing
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MAX_STALENESS = 2.0
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
+P1 = PepperRecord("p1", b"1" * 32, "primary")
+P2 = PepperRecord("p2", b"2" * 32, "accept")
 
 
 def epoch(seq: int, history: bytes = b"a") -> Epoch:
@@ -44,6 +46,8 @@ class Bench:
 
     def __init__(self, clock: ManualClock, **bounds: int) -> None:
         self.clock = clock
+        self.peppers_in = 0
+        self.peppers: Sequence[PepperRecord] = (P1,)
         self.cache = Cache(
             clock=clock,
             max_staleness=MAX_STALENESS,
@@ -60,7 +64,8 @@ class Bench:
         broken: bool = False,
     ) -> None:
         """Apply a reading sent now; ``broken``: our last tip was not in its log."""
-        news = News(tip, None if broken else changes)
+        peppers = self.peppers if partition == self.peppers_in else None
+        news = News(tip, None if broken else changes, peppers)
         self.cache.apply(Reading(installation, {partition: news}), sent=self.clock.mono)
 
     def keep(
@@ -68,8 +73,6 @@ class Bench:
         digest: bytes,
         found: Record | None,
         epochs: Mapping[int, Epoch] | None = None,
-        *,
-        peppers_in: int | None = None,
     ) -> tuple[bool, bool]:
         """Fill in an answer. Tells whether it may be used, and whether it was kept."""
         epochs = {0: epoch(1)} if epochs is None else epochs
@@ -80,8 +83,7 @@ class Bench:
             epochs,
             monotonic=self.clock.mono,
             wall=self.clock.wall,
-            ring_changes=self.cache.ring_changes,
-            peppers_in=peppers_in if peppers_in is not None else min(epochs, default=0),
+            told=self.cache.told(self.clock.mono),
         )
         return entry is not None, kept
 
@@ -140,6 +142,7 @@ def test_amendment_01_only_a_reading_renews_trust(bench: Bench) -> None:
 def test_amendment_01_an_entry_needs_its_keys_and_its_machines_partition_fresh_and_no_other(
     bench: Bench,
 ) -> None:
+    bench.peppers_in = 1
     for partition in (1, 2, 3):
         bench.hear(epoch(1), partition=partition, broken=True)
     bench.keep(b"d", record(), {1: epoch(1), 2: epoch(1)})
@@ -239,42 +242,72 @@ def test_listeners_hear_of_changes_and_not_of_silence(bench: Bench) -> None:
     assert heard == ["change"]
 
 
-def test_changes_of_peppers_are_counted_and_so_is_what_may_hide_one(bench: Bench) -> None:
-    before = bench.cache.ring_changes
-    bench.hear(epoch(2), ("key.disabled", "k"))
-    assert bench.cache.ring_changes == before
-    bench.hear(epoch(3), ("pepper.primary", "p2"))
+def test_what_readings_say_of_peppers_is_one_object_until_one_says_otherwise(bench: Bench) -> None:
+    told = bench.cache.told(bench.clock.mono)
+    assert told == ("ours", 0, (P1,))
+    bench.hear(epoch(2), ("key.disabled", "k"), ("pepper.retired", "p1"), ("pepper.primary", "p1"))
     bench.hear(epoch(9), broken=True)
+    assert bench.cache.told(bench.clock.mono) is told
+    bench.peppers = (P2, P1)
+    bench.hear(epoch(10), ("pepper.added", "p2"))
+    told = bench.cache.told(bench.clock.mono)
+    assert told == ("ours", 0, (P1, P2))
+    bench.peppers = (P1, P2)  # in another order
+    bench.hear(epoch(10))
+    assert bench.cache.told(bench.clock.mono) is told
+    bench.clock.advance(MAX_STALENESS)
+    assert bench.cache.told(bench.clock.mono) is None
     bench.hear(epoch(1), installation="theirs", broken=True)
-    assert bench.cache.ring_changes == before + 3
+    assert bench.cache.told(bench.clock.mono) == ("theirs", 0, (P1, P2))
 
 
+@pytest.mark.parametrize(
+    ("peppers", "left"),
+    [
+        pytest.param((P1, P2), {b"known", b"unknown"}, id="as they were"),
+        pytest.param((P1, P2, PepperRecord("p3", b"3" * 32, "accept")), {b"known"}, id="another"),
+        pytest.param((P1._replace(status="accept"), P2._replace(status="primary")), {b"known"}, id="a new primary"),
+        pytest.param((P1, P2._replace(status="retired")), set(), id="one retired"),
+        pytest.param((P1,), set(), id="one gone"),
+        pytest.param((P1, P2._replace(proof=b"?" * 32)), set(), id="another of the same id"),
+    ],
+)  # fmt: skip
 def test_a_pepper_that_retires_takes_its_keys_along_and_another_makes_unknown_ones_known(
-    bench: Bench,
+    bench: Bench, peppers: Sequence[PepperRecord], left: set[bytes]
 ) -> None:
+    bench.peppers = (P1, P2)
+    bench.hear(epoch(1))
     bench.keep(b"known", record())
     bench.keep(b"unknown", None)
-    bench.hear(epoch(2), ("pepper.accept", "p1"))
-    assert (len(bench.cache.entries), len(bench.cache.unknown)) == (1, 0)
-    bench.hear(epoch(3), ("pepper.retired", "p1"))
-    assert bench.size == 0
+    bench.peppers = peppers
+    bench.hear(epoch(1))  # whether or not the log says why
+    assert {digest for digest in (b"known", b"unknown") if bench.believes(digest)} == left
 
 
 def test_an_entry_needs_the_partition_fresh_that_tells_of_peppers(bench: Bench) -> None:
     """Known or unknown: a retirement told there would take the one along, a pepper that returns the other."""
-    bench.hear(epoch(1))
-    for name, found in ((b"known", record()), (b"unknown", None)):
-        bench.keep(name, found, peppers_in=3)
-        assert not bench.believes(name)
+    bench.peppers_in = 3
     bench.hear(epoch(1), partition=3, broken=True)
     for name, found in ((b"known", record()), (b"unknown", None)):
-        bench.keep(name, found, peppers_in=3)
-        assert bench.believes(name)
+        assert bench.keep(name, found) == (True, True)
+    bench.clock.advance(MAX_STALENESS)
+    bench.hear(epoch(1))
+    assert not bench.believes(b"known")
+    assert not bench.believes(b"unknown")
+    bench.hear(epoch(1), partition=3)
+    assert bench.believes(b"known")
+    assert bench.believes(b"unknown")
+
+
+def test_an_answer_found_with_peppers_that_no_reading_told_is_not_kept(bench: Bench) -> None:
+    bench.clock.advance(MAX_STALENESS)  # nothing is told any more
+    assert bench.keep(b"d", record()) == (True, False)
 
 
 def test_an_answer_found_with_peppers_of_before_a_change_is_not_used(bench: Bench) -> None:
-    found, before = record(), bench.cache.ring_changes
-    bench.hear(epoch(2), ("pepper.retired", "p1"))
+    found, before = record(), bench.cache.told(bench.clock.mono)
+    bench.peppers = (P1, P2)
+    bench.hear(epoch(2), ("pepper.added", "p2"))
     entry, kept = bench.cache.fill(
         b"d",
         standing(found),
@@ -282,8 +315,7 @@ def test_an_answer_found_with_peppers_of_before_a_change_is_not_used(bench: Benc
         {0: epoch(2)},
         monotonic=bench.clock.mono,
         wall=bench.clock.wall,
-        ring_changes=before,
-        peppers_in=0,
+        told=before,
     )
     assert (entry, kept) == (None, False)
 
@@ -338,8 +370,7 @@ def test_pitfall_9_a_record_found_by_a_loose_comparison_does_not_stand_in_for_it
         {0: epoch(1)},
         monotonic=bench.clock.mono,
         wall=bench.clock.wall,
-        ring_changes=bench.cache.ring_changes,
-        peppers_in=0,
+        told=bench.cache.told(bench.clock.mono),
     )
     assert list(bench.cache.unknown) == [b"its twin"]
     bench.hear(epoch(2), ("key.disabled", "k"))

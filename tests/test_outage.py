@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from papaours_auth import (
 )
 from papaours_auth.exceptions import UnreadableRecord
 from papaours_auth.outage import FIRST_RETRY, LAST_RETRY, LAST_RETRY_WATCHED, Breaker
-from papaours_auth.stores import Found, Reading
+from papaours_auth.stores import Author, Found, PepperRecord, Reading
 from papaours_auth.verify import Claim
 from support.doors import Door, Gate, Later, Spy, open_door
 from support.servers import wait_until
@@ -162,9 +162,10 @@ def test_an_app_without_the_primary_pepper_still_lets_known_keys_in(
 ) -> None:
     """Unknown keys meet 503 there, and must not open the breaker for the others."""
     door = opens()
-    assert isinstance(door.knock(SEED), Identity)
-    door.authenticator._cache._drop()
-    door.authenticator._primary_missing = True
+    author = Author("test", datetime.now(UTC))
+    spy.real.add_pepper(PepperRecord("p2", b"2" * 32, "accept"), author)
+    spy.real.set_pepper_status("p2", "primary", author)
+    door.refresh()
     assert door.knock(STRANGER) is Reason.STORE_UNAVAILABLE
     assert isinstance(door.knock(SEED), Identity)
 

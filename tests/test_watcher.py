@@ -15,7 +15,7 @@ import pytest
 from papaours_auth import Identity, Keys, Machine, PepperRing, Reason, StoreUnavailable, open_store
 from papaours_auth.cache import Cache
 from papaours_auth.stores import Epoch, Feed, News, Reading, Store, sqlite
-from papaours_auth.watcher import Watcher
+from papaours_auth.watcher import PAUSE, Watcher
 from support.doors import Door, Spy
 from support.servers import wait_until
 
@@ -157,6 +157,39 @@ def test_trust_counts_from_when_a_reading_was_sent_and_not_from_when_it_came_bac
     assert cache.trusted_until == began + 2.0
     watcher.close()
     assert feed.closed
+
+
+class Timed(Slow):
+    """A feed that remembers for how long it was to wait, and stops the watcher when it was asked to a few times."""
+
+    def __init__(self, clock: ManualClock, readings: list[tuple[float, bool]]) -> None:
+        super().__init__(clock)
+        self.readings = readings
+        self.waits: list[float] = []
+        self.stop: Callable[[], None] = lambda: None
+
+    def read(self, known: object) -> Reading:
+        seconds, answers = self.readings.pop(0)
+        self.clock.advance(seconds)
+        if not answers:
+            raise StoreUnavailable("does not answer in time")
+        return Reading("ours", {0: News(Epoch(1, b"a" * 16), None)})
+
+    def wait(self, timeout: float) -> None:
+        self.waits.append(timeout)
+        self.clock.advance(timeout)
+        if not self.readings:
+            self.stop()
+
+
+def test_the_interval_counts_from_when_a_reading_was_sent(clock: ManualClock) -> None:
+    """Where a store hangs, each reading ends by its timeout: the next, soon under way, meets the store's return."""
+    feed = Timed(clock, [(0.0, True), (0.2, True), (0.5, False), (0.7, False), (0.1, False)])
+    cache = Cache(clock=clock, max_staleness=2.0, max_known=1, max_unknown=1, lifetime=1.0)
+    watcher = Watcher(cache, feed, clock, max_staleness=2.0)
+    feed.stop = watcher.close
+    watcher._run()
+    assert feed.waits == pytest.approx([0.5, 0.3, PAUSE, PAUSE, 0.4])
 
 
 class Interrupted:

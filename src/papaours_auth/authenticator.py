@@ -19,13 +19,13 @@ from typing import Final, Generic, Literal, NamedTuple, Self, TypedDict, TypeVar
 
 from ._fork import hold_across_fork
 from ._patience import Bound, Patience
-from .cache import NEVER, Cache, Clock, Entry
+from .cache import NEVER, Cache, Clock, Entry, Told
 from .digest import PepperRing, peppers_from_environment
 from .exceptions import ConfigurationError, Reason, Refused, StoreUnavailable
 from .format import MAX_LENGTH, KeyFormat
 from .model import Address, Identity
 from .outage import Breaker, Health
-from .stores import AsyncStore, Description, Found, Store, open_async_store, open_store
+from .stores import AsyncStore, Description, Found, PepperRecord, Store, open_async_store, open_store
 from .verify import Claim, admit, partition, read, stand
 from .watcher import Watcher
 
@@ -52,6 +52,17 @@ class Options(TypedDict, total=False):
     max_age: float
     clock: Clock
     watch: bool
+
+
+class _Bound(NamedTuple):
+    """Our peppers, each with the status that the store's record of them gives it."""
+
+    ring: PepperRing
+    primary_missing: bool = False
+    told: Told | None = None
+    """By whom: a reading, or nobody, or a question of ours that was asked before there were readings."""
+    until: float = NEVER
+    """Until when that may be believed, where it was asked for. Of a reading's, the cache tells."""
 
 
 class _Asked(NamedTuple):
@@ -137,7 +148,6 @@ class _Engine(Generic[_F]):
         self.max_staleness = max_staleness
         self._store = store
         self._given = peppers if peppers is not None else peppers_from_environment()
-        self._ring = self._given
         self._max_flights = max_flights
         self._timeout = timeout
         self._max_age = max_age
@@ -162,10 +172,8 @@ class _Engine(Generic[_F]):
     def _reset(self) -> None:
         self._starting = threading.Lock()
         self._first_reading = threading.Lock()  # held while the store is asked, unlike the other
-        self._bound_after: int | None = None  # so many changes of peppers
-        self._bound_until = NEVER
-        self._peppers_in = 0
-        self._primary_missing = False
+        self._checked = False  # whether the store, as it is set up, was ever held good
+        self._bound = _Bound(self._given)
         self._watcher: Watcher | None = None
         self._flights: dict[object, _F] = {}  # those that one may join
         self._under_way: set[_F] = set()  # these, and those a change has detached
@@ -213,18 +221,18 @@ class _Engine(Generic[_F]):
         return digest, self._cache.recall(digest, self._monotonic())
 
     def _read(self, presented: bytes) -> _Asked:
-        ring = self._ring
+        ring = self._bound.ring
         claim = read(presented, format=self.format, peppers=ring)
         if isinstance(claim, Refused):
             try:
-                bound = self._binds(self._monotonic())
-                if bound and not self._primary_missing:  # before it is parsed again: a flood ends here
+                binds = self._binds(self._monotonic())
+                if binds and not self._bound.primary_missing:  # before it is parsed again: a flood ends here
                     raise claim
                 text = self.format.read(presented)
                 if text is None:
                     raise claim
                 # An issuer tag of none of our peppers: forged, unless the store has one that we lack.
-                if not bound:
+                if not binds:
                     return _Asked(Claim(text.environment, partition(presented), ()), None)
                 self._check_primary()
                 raise claim
@@ -236,9 +244,11 @@ class _Engine(Generic[_F]):
         """Judge what a lookup found. None where a change overtook it: look again."""
         monotonic = self._monotonic()
         wall = self._clock.time()
-        changes = self._bound_after
-        if asked.ring is not self._ring or changes != self._cache.ring_changes:
+        bound = self._bound
+        if asked.ring is not bound.ring:
             return None  # the peppers changed meanwhile: it may be known by another digest, or by none
+        # Before the filling, which tells whether it is still they who say so.
+        until = bound.until if bound.told is None else self._cache.trust(bound.told.partition)
         standing = stand(
             asked.claim, found.record, now=datetime.fromtimestamp(wall, UTC), environment=self.environment
         )
@@ -251,17 +261,16 @@ class _Engine(Generic[_F]):
             found.epochs,
             monotonic=monotonic,
             wall=wall,
-            ring_changes=changes,
-            peppers_in=self._peppers_in,
+            told=bound.told,
         )
-        if not kept and self._watcher is not None:
+        if not kept and bound.told is not None and self._watcher is not None:
             self._watcher.wake()
         # As old as the older of the two: what the store said of the key, and of the peppers it was found with.
-        sent = min(sent, self._bound_until - self.max_staleness)
+        sent = min(sent, until - self.max_staleness)
         return None if entry is None else _Fetched(entry, sent)
 
     def _check_primary(self) -> None:
-        if self._primary_missing:
+        if self._bound.primary_missing:
             raise StoreUnavailable(
                 "keys are digested under a pepper this app does not have, so it cannot tell unknown keys: "
                 "add the store's primary pepper"
@@ -272,41 +281,44 @@ class _Engine(Generic[_F]):
         now = self._monotonic()
         return now < fetched.sent + self.max_staleness and now < fetched.entry.deadline
 
-    @property
-    def _bound(self) -> bool:
-        return self._bound_after == self._cache.ring_changes
+    def _heard(self) -> None:
+        """Take in that the store was read."""
+        self._breaker.succeeded()
 
     def _binds(self, now: float) -> bool:
         """Tell whether our peppers' statuses are those of some moment within `max_staleness`."""
-        return self._bound_after == self._cache.ring_changes and now < self._bound_until
+        told = self._cache.told(now)
+        if told is None:
+            return now < self._bound.until
+        if told is not self._bound.told:
+            try:
+                self._bind(told.installation, told.peppers, told=told)
+            except ConfigurationError:  # which `check` raises too, where it is heard of
+                return False
+        return True
 
-    def _heard(self) -> None:
-        """Take in that the store was read: peppers of which it told no change are as they were."""
-        self._breaker.succeeded()
-        self._bound_until = max(self._bound_until, self._cache.trust(self._peppers_in))
+    def _bind(
+        self,
+        installation: str,
+        peppers: Sequence[PepperRecord],
+        *,
+        told: Told | None = None,
+        until: float = NEVER,
+    ) -> None:
+        """Hold our peppers against the store's record of them. Raises `ConfigurationError`."""
+        ring = self._given.bound_to(installation, {record.id: record[1:] for record in peppers})
+        if ring == self._bound.ring:
+            ring = self._bound.ring  # that of the claims under way
+        self._bound = _Bound(ring, ring.primary_missing, told, until)
 
-    def _bind(self, description: Description, changes: int, sent: float) -> None:
-        """Hold our peppers against the store's record of them. Raises `ConfigurationError`.
-
-        ``changes`` had been applied when the record was asked for: one that came since unbinds again.
-        """
-        ring = self._given.bound_to(
-            description.installation, {record.id: record[1:] for record in description.peppers}
-        )
-        self._primary_missing = ring.primary_missing
-        self._peppers_in = description.peppers_in
-        if ring != self._ring:  # the claims under way hold on to theirs
-            self._ring = ring
-        self._bound_after, self._bound_until = changes, sent + self.max_staleness
+    def _take(self, description: Description, sent: float) -> None:
+        """Bind our peppers by what the store said when we asked. Raises `ConfigurationError`."""
+        self._bind(description.installation, description.peppers, until=sent + self.max_staleness)
+        self._checked = True
 
     def _ready(self, now: float) -> bool:
-        """Tell whether our peppers were held against the store's, and the watcher runs."""
-        watcher = self._watcher  # as `_binds` and `_is_watching`, without their calls: 0.2 µs less a lookup
-        return (
-            self._bound_after == self._cache.ring_changes
-            and now < self._bound_until
-            and (not self._watch or (watcher is not None and watcher.alive))
-        )
+        """Tell whether the store was checked, our peppers were held against its, and the watcher runs."""
+        return self._checked and self._binds(now) and (not self._watch or self._is_watching())
 
     def _is_watching(self) -> bool:
         watcher = self._watcher
@@ -365,7 +377,7 @@ class _Engine(Generic[_F]):
         """Tell how it is. Asks nobody: cheap enough for any health check."""
         breaker, now = self._breaker, self._monotonic()
         return Health(
-            ok=self._bound and not breaker.is_open,
+            ok=self._checked and not breaker.is_open,
             watching=self._is_watching(),
             trusted_for=max(0.0, self._cache.trusted_until - now),
             known=len(self._cache.entries),
@@ -477,9 +489,8 @@ class Authenticator(_Engine[_Flight]):
         Raises as `start` does.
         """
         sent = self._monotonic()
-        if not self._binds(sent):
-            changes = self._cache.ring_changes
-            self._bind(self._store.describe(), changes, sent)
+        if not (self._checked and self._binds(sent)):
+            self._take(self._store.describe(), sent)
 
     def authenticate(
         self,
@@ -547,7 +558,7 @@ class Authenticator(_Engine[_Flight]):
                 with self._breaker:
                     self.start()
                 sent = self._monotonic()
-            if asked.ring is not self._ring:  # our peppers may be of another status now
+            if asked.ring is not self._bound.ring:  # our peppers may be of another status now
                 asked = self._read(presented)
             with self._breaker:
                 found = self._store.lookup(asked.claim)
@@ -594,9 +605,8 @@ class AsyncAuthenticator(_Engine["asyncio.Future[_Fetched | None]"]):
 
     async def _check(self) -> None:
         sent = self._monotonic()
-        if not self._binds(sent):
-            changes = self._cache.ring_changes
-            self._bind(await self._async_store.describe(), changes, sent)
+        if not (self._checked and self._binds(sent)):
+            self._take(await self._async_store.describe(), sent)
 
     async def authenticate(
         self,
@@ -681,7 +691,7 @@ class AsyncAuthenticator(_Engine["asyncio.Future[_Fetched | None]"]):
                 with self._breaker:
                     await self.start()
                 sent = self._monotonic()
-            if asked.ring is not self._ring:  # our peppers may be of another status now
+            if asked.ring is not self._bound.ring:  # our peppers may be of another status now
                 asked = self._read(presented)
             with self._breaker:
                 found = await self._async_store.lookup(asked.claim)

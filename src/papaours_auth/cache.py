@@ -3,8 +3,8 @@
 - **Trust comes from reading the epoch, never from silence.** `Cache.apply` takes a reading of the store's
   change log, evicts what changed, and only then moves that partition's trust to the time the reading was
   *sent* plus ``max_staleness``. No news, late news and lost news all let trust run out.
-- **A fill cannot undo a change.** An answer is kept only if its epoch is the one last applied; one from an
-  older epoch is not even used.
+- **A fill cannot undo a change.** An answer is kept only if its epoch is the one last applied, and the peppers it
+  was found with are those of the reading last applied; one from an older epoch is not even used.
 - Entries are found by a keyed hash under a key of this process, so no text of a key stays in memory.
 - Trust and lifetimes run on the monotonic clock; a key's expiry is turned into it at the fill.
 
@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from .model import Identity, Record
-from .stores import Epoch, Reading
+from .stores import Epoch, PepperRecord, Reading
 from .verify import Standing
 
 NEVER: Final = float("-inf")
@@ -35,6 +35,19 @@ class Clock(Protocol):
 
     def time(self) -> float:
         """Seconds since 1970 UTC."""
+
+
+class Told(NamedTuple):
+    """What readings say of the store's peppers: one object until a reading says otherwise."""
+
+    installation: str
+    partition: int
+    peppers: tuple[PepperRecord, ...]
+
+    @property
+    def usable(self) -> set[tuple[str, bytes]]:
+        """The peppers by which keys are known."""
+        return {(record.id, record.proof) for record in self.peppers if record.status != "retired"}
 
 
 class Entry:
@@ -101,7 +114,7 @@ class Cache:
         self.lock = threading.Lock()
         self._epochs: dict[int, Epoch] = {}
         self._trust: dict[int, float] = {}
-        self.ring_changes = 0  # so many were applied; only ever compared
+        self._told: Told | None = None
         self._installation: str | None = None
         self._by_key: dict[str, bytes] = {}
         self._by_machine: dict[str, set[bytes]] = {}
@@ -119,6 +132,16 @@ class Cache:
     def trust(self, partition: int) -> float:
         """Give when trust in a partition runs out."""
         return self._trust.get(partition, NEVER)
+
+    def told(self, now: float) -> Told | None:
+        """Give what the store's peppers are, as of a moment within ``max_staleness``; None where no reading tells."""
+        told = self._told
+        while told is not None:
+            until = self.trust(told.partition)
+            if told is self._told:  # else that trust may be in what has taken its place
+                return told if now < until else None
+            told = self._told
+        return None
 
     def trusts(self, entry: Entry, now: float) -> bool:
         """Tell whether an entry may be believed now: its key's, machine's and peppers' partitions are fresh."""
@@ -148,24 +171,25 @@ class Cache:
 
     def fill(
         self, digest: bytes, standing: Standing, record: Record | None, epochs: Mapping[int, Epoch],
-        *, monotonic: float, wall: float, ring_changes: int | None, peppers_in: int,
+        *, monotonic: float, wall: float, told: Told | None,
     ) -> tuple[Entry | None, bool]:  # fmt: skip
         """Make an entry of an answer, and keep it if it is of the epoch last applied.
 
-        ``monotonic`` was read before ``wall``, which decided the standing; ``ring_changes`` had been applied
-        when the peppers were read that found it, and the partition ``peppers_in`` tells of those. Gives the entry
-        and whether it was kept; None for an answer from before a change that was applied already: ask again.
+        ``monotonic`` was read before ``wall``, which decided the standing; ``told`` is what said which peppers it
+        could be found with, None where no reading did: it is not kept then, since none would tell of their change
+        either. Gives the entry and whether it was kept; None for an answer from before a change that was applied
+        already: ask again.
         """
         expiry = float("inf")
         if standing.expires_at is not None and standing.reason is None:
             expiry = monotonic + standing.expires_at.timestamp() - wall
-        partitions = tuple(epochs) if peppers_in in epochs else (*epochs, peppers_in)
+        partitions = tuple(epochs) if told is None else tuple({*epochs, told.partition})
         entry = Entry(digest, standing, record, monotonic + self._lifetime, expiry, partitions)
         with self.lock:
-            if ring_changes != self.ring_changes:
+            if told is not None and told is not self._told:
                 return None, False
             # Of no partition: nothing would ever evict it.
-            kept = bool(epochs) and abs(wall - monotonic - self._offset) <= CLOCK_SHIFT
+            kept = told is not None and bool(epochs) and abs(wall - monotonic - self._offset) <= CLOCK_SHIFT
             for partition, epoch in epochs.items():
                 known = self._epochs.get(partition)
                 if epoch != known:
@@ -201,24 +225,26 @@ class Cache:
 
     def apply(self, reading: Reading, *, sent: float) -> None:
         """Take in a reading of the change feed that was sent at ``sent`` (monotonic seconds)."""
-        changed = new_peppers = False
+        changed = False
         with self.lock:
             if reading.installation != self._installation:
-                changed = new_peppers = True
+                changed = True
                 self._forget()
                 self._installation = reading.installation
             for partition, news in reading.news.items():
                 if news.changes is None:
                     if self._epochs.get(partition) != news.epoch:
-                        changed = new_peppers = True
+                        changed = True
                         self._drop()
                 else:
                     for kind, subject in news.changes:
                         changed = True
-                        new_peppers |= kind.startswith("pepper.")
                         self._change(kind, subject)
                 self._epochs[partition] = news.epoch
-            self.ring_changes += new_peppers
+                if news.peppers is not None:
+                    changed |= self._tell_peppers(
+                        Told(reading.installation, partition, tuple(sorted(news.peppers)))
+                    )
             if changed:
                 self._tell(self.on_change)
             # Last: whatever failed before this line leaves trust to run out.
@@ -227,10 +253,19 @@ class Cache:
             self.trusted_until = min(self._trust.values(), default=NEVER)
         self._tell(self.on_reading)
 
+    def _tell_peppers(self, told: Told) -> bool:
+        """Take in what the peppers are. Tells whether that is new."""
+        before = self._told
+        if told == before:
+            return False
+        if before is None or not before.usable <= told.usable:
+            self._drop()  # the keys of one that is retired are known no more
+        self.unknown.clear()
+        self._told = told
+        return True
+
     def _change(self, kind: str, subject: str) -> None:
-        if kind == "pepper.retired":
-            self._drop()  # its keys are known no more
-        if kind in ("key.created", "key.imported") or kind.startswith("pepper."):
+        if kind in ("key.created", "key.imported"):
             self.unknown.clear()
         for digest in [self._by_key.get(subject), *self._by_machine.get(subject, ())]:
             if digest is not None:
@@ -249,6 +284,7 @@ class Cache:
     def _forget(self) -> None:
         """Believe nothing of before: another store answers."""
         self._drop()
+        self._told = None
         self._epochs.clear()
         self._trust.clear()
         self.trusted_until = NEVER

@@ -207,6 +207,40 @@ class StoreContract:
                     _equal(feed.read({partition: other}).news[partition].changes, None)
             feed.close()
 
+    def test_readings_tell_the_peppers(self) -> None:
+        """All of them, whether or not anything changed, in the news of the one log that tells of their changes."""
+        with self._filled() as store:
+            feed = store.feed()
+            reading = feed.read({})
+            (home,) = [partition for partition, news in reading.news.items() if news.peppers is not None]
+
+            second = PepperRecord("p2", b"\x00\xff\n " * 8, "accept")
+            changes: list[tuple[Callable[[], object], list[str]]] = [
+                (lambda: None, []),
+                (lambda: store.add_pepper(second, _AUTHOR), ["pepper.added"]),
+                (
+                    lambda: store.set_pepper_status("p2", "primary", _AUTHOR),
+                    ["pepper.accept", "pepper.primary"],
+                ),
+                (lambda: store.set_pepper_status("p1", "retired", _AUTHOR), ["pepper.retired"]),
+                (lambda: store.update_key("key_1", {"name": "x"}, "key.renamed", _AUTHOR), []),
+            ]
+            for change, told in changes:
+                before = reading
+                change()
+                reading = feed.read({partition: news.epoch for partition, news in before.news.items()})
+                kinds = [kind for kind, _ in reading.news[home].changes or ()]
+                _equal(sorted(kind for kind in kinds if kind.startswith("pepper.")), told)
+                for known in (reading, feed.read({})):
+                    news = known.news[home]
+                    _equal(sorted(news.peppers or ()), sorted(store.describe().peppers))
+                    _check(
+                        bool(told) <= (news.epoch != before.news[home].epoch), "a change that moved no epoch"
+                    )
+                    others = [other for partition, other in known.news.items() if partition != home]
+                    _equal([other.peppers for other in others if other.peppers is not None], [])
+            feed.close()
+
     def test_waiting_ends_when_something_changes_or_somebody_wakes(self) -> None:
         """Long before the time given: that is what makes a revocation fast."""
         with self._filled() as store:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from typing import Final
 
 from .cache import Cache, Clock
 from .exceptions import StoreUnavailable
@@ -17,8 +18,16 @@ from .stores import Feed
 logger = logging.getLogger("papaours_auth")
 
 
+PAUSE: Final = 0.05
+"""Seconds between two readings at least, where the first took longer than the interval: a store that hangs."""
+
+
 class Watcher:
-    """Polls a feed every ``max_staleness / 4``, and at once when the feed announces a change."""
+    """Polls a feed every ``max_staleness / 4``, and at once when the feed announces a change.
+
+    The interval counts from when a reading was sent: where readings end by their timeouts, the next one is soon
+    under way, so that a store that goes on is noticed at once.
+    """
 
     def __init__(self, cache: Cache, feed: Feed, clock: Clock, *, max_staleness: float) -> None:
         self._cache = cache
@@ -66,6 +75,7 @@ class Watcher:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
+            begun = self._clock.monotonic()
             try:
                 self.poll()
             except StoreUnavailable as error:
@@ -76,4 +86,4 @@ class Watcher:
                 if self._failing:
                     logger.warning("the key store can be watched again")
                 self._failing = False
-            self._feed.wait(self._interval)
+            self._feed.wait(max(PAUSE, begun + self._interval - self._clock.monotonic()))

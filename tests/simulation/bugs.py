@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from papaours_auth import Identity, StoreUnavailable
 from papaours_auth.model import Record
-from papaours_auth.stores import Author, Epoch, Feed, News, Reading
+from papaours_auth.stores import Author, Epoch, Feed, Reading
 from papaours_auth.verify import Standing
 
 from .scenario import App, Bug
@@ -71,7 +71,8 @@ class _Adopting:
             self._broken = True
             raise
         if self._broken and known:
-            reading = Reading(reading.installation, {p: News(n.epoch, ()) for p, n in reading.news.items()})
+            news = {part: news._replace(changes=()) for part, news in reading.news.items()}
+            reading = reading._replace(news=news)
         self._broken = False
         return reading
 

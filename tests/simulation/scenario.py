@@ -426,7 +426,7 @@ class Scene:
 
     def _add_pepper(self) -> None:
         store = self.server.store
-        installation, there, _ = store.describe()
+        installation, there = store.describe()
         unknown = [pepper for pepper in PEPPERS.peppers if pepper.id not in {record.id for record in there}]
         if unknown:
             record = PepperRecord(unknown[0].id, unknown[0].proof(installation), "accept")

@@ -46,9 +46,6 @@ class PartitionedStore(MemoryStore):
         self.tips[part] = next_epoch(self.tips[part])
         self.logs[part].append(self._log[-1]._replace(epoch=self.tips[part]))
 
-    def describe(self) -> Description:
-        return super().describe()._replace(peppers_in=PARTS)
-
     def delete_machine(self, machine_id: str, author: Any) -> None:
         """Delete it, and say so in every part that loses keys: else a restore of that part goes unseen."""
         parts = {self.part_of[key.id] for key in self.keys(machine_id=machine_id)}
@@ -80,9 +77,11 @@ class PartitionedStore(MemoryStore):
 
     def _news(self, part: int, known: Epoch | None) -> News:
         log = self.logs[part]
+        peppers = tuple(self._peppers.values()) if part == PARTS else None
         if known is None or all(change.epoch != known for change in log):
-            return News(self.tips[part], None)
-        return News(self.tips[part], [(c.kind, c.subject) for c in log if c.epoch.seq > known.seq])
+            return News(self.tips[part], None, peppers)
+        changes = [(c.kind, c.subject) for c in log if c.epoch.seq > known.seq]
+        return News(self.tips[part], changes, peppers)
 
 
 def backup(store: MemoryStore) -> MemoryStore:

@@ -58,11 +58,24 @@ class Found(NamedTuple):
     epochs: Mapping[int, Epoch]
 
 
+class PepperRecord(NamedTuple):
+    """What the store knows of a pepper: enough to recognise it (`Pepper.proof`), and what it may do."""
+
+    id: str
+    proof: bytes
+    status: PepperStatus
+
+
 class News(NamedTuple):
-    """A partition's epoch, and the changes since the one last known: None where that one is not in the log."""
+    """A partition's epoch, and the changes since the one last known: None where that one is not in the log.
+
+    ``peppers``: of the one partition whose log tells of changes of peppers, all there are at that epoch (one
+    snapshot); None in the others' news. Verifiers keep nothing that was judged by peppers told in another way.
+    """
 
     epoch: Epoch
     changes: Sequence[tuple[str, str]] | None  # (kind, subject)
+    peppers: Sequence[PepperRecord] | None = None
 
 
 class Reading(NamedTuple):
@@ -72,21 +85,11 @@ class Reading(NamedTuple):
     news: Mapping[int, News]
 
 
-class PepperRecord(NamedTuple):
-    """What the store knows of a pepper: enough to recognise it (`Pepper.proof`), and what it may do."""
-
-    id: str
-    proof: bytes
-    status: PepperStatus
-
-
 class Description(NamedTuple):
     """Whose store this is, and its peppers."""
 
     installation: str
     peppers: tuple[PepperRecord, ...]
-    peppers_in: int = 0
-    """The partition whose log tells of changes of peppers."""
 
 
 class Author(NamedTuple):
@@ -119,7 +122,10 @@ class Feed(Protocol):
     """The change feed of a store, for one watcher thread. Blocking, also for an async store."""
 
     def read(self, known: Mapping[int, Epoch]) -> Reading:
-        """Read the epochs from the primary, and what changed since those known. Raises `StoreUnavailable`."""
+        """Read the epochs from the primary, what changed since those known, and the peppers.
+
+        Raises `StoreUnavailable`.
+        """
 
     def wait(self, timeout: float) -> None:
         """Return after ``timeout`` seconds, or earlier when something may have changed or `wake` is called."""

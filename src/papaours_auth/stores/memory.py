@@ -255,14 +255,14 @@ class MemoryStore:
         """Read the tip, and the changes since a known one: None where it is not in the log."""
         with self._lock:
             self._check_open()
+            since: list[tuple[str, str]] | None = None
             if known == self._tip:
-                return Reading(self._installation, {0: News(self._tip, ())})
-            since = None
-            if known is not None and any(change.epoch == known for change in self._log):
+                since = []
+            elif known is not None and any(change.epoch == known for change in self._log):
                 since = [
                     (change.kind, change.subject) for change in self._log if change.epoch.seq > known.seq
                 ]
-            return Reading(self._installation, {0: News(self._tip, since)})
+            return Reading(self._installation, {0: News(self._tip, since, tuple(self._peppers.values()))})
 
     def wait_past(self, known: Epoch | None, timeout: float, stop: threading.Event) -> None:
         """Wait until the tip is another one than known, or until ``stop`` is set."""

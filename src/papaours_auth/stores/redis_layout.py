@@ -129,6 +129,11 @@ def news_of(tip: bytes, entries: list[bytes] | None = None) -> News:
     return News(epoch_of(tip), [(cells[2], cells[3]) for cells in changes])
 
 
+def read_peppers(flat: Sequence[bytes]) -> list[PepperRecord]:
+    """Read all that the store knows of peppers."""
+    return sorted(read_pepper(id_, packed) for id_, packed in pairs(flat).items())
+
+
 def lost() -> StoreUnavailable:
     """Make the error of a store that lacks a part of itself: an outage, never unknown keys."""
     return StoreUnavailable(

@@ -1,8 +1,11 @@
 -- The tips of some logs, and what each holds after a tip that is known. Nothing is written.
--- KEYS: changes of each partition. ARGV: how many entries at most, and a known tip for each ("" for none).
+-- KEYS: changes of each partition, and where theirs is among them, peppers.
+-- ARGV: how many entries at most, and a known tip for each ("" for none).
 -- Gives for each log {tip, entries}; entries is nil where the known tip is not in it, the whole is nil where it is lost.
+-- After those, the peppers.
 local news = {}
-for place, log in ipairs(KEYS) do
+for place = 1, #ARGV - 1 do
+  local log = KEYS[place]
   local known, length, since = ARGV[place + 1], redis.call('LLEN', log), false
   if length == 0 then
     news[place] = false
@@ -21,5 +24,8 @@ for place, log in ipairs(KEYS) do
     end
     news[place] = {tip, since}
   end
+end
+if #KEYS == #ARGV then
+  news[#ARGV] = redis.call('HGETALL', KEYS[#ARGV])
 end
 return news

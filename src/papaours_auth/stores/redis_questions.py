@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any, Final, cast
 
 from ..exceptions import ConfigurationError, StoreUnavailable, UnreadableRecord
@@ -15,6 +14,7 @@ from . import (
     Epoch,
     Found,
     News,
+    PepperRecord,
     Reading,
 )
 from .redis_layout import (
@@ -26,7 +26,7 @@ from .redis_layout import (
     pairs,
     read_packed_key,
     read_packed_machine,
-    read_pepper,
+    read_peppers,
     tip_of,
 )
 from .redis_place import Node, Place
@@ -105,8 +105,7 @@ class Questions:
         if mark[b"schema"] != b"%d" % SCHEMA_VERSION:
             raise ConfigurationError("the Redis store has another schema: upgrade papaours-auth everywhere")
         self.installation = mark[b"installation"].decode()
-        records = sorted(read_pepper(id_, packed) for id_, packed in pairs(peppers).items())
-        return Description(self.installation, tuple(records), META)
+        return Description(self.installation, tuple(read_peppers(peppers)))
 
     def _missing(self) -> Exception:
         """An outage where a store was seen before, otherwise a wrong URL."""
@@ -122,8 +121,11 @@ class Questions:
         nodes = yield from self.router.nodes()
         for node in dict.fromkeys(nodes.values()):
             partition = next(partition for partition, at in nodes.items() if at == node)
-            with suppress(Unreachable):  # on Cluster the others still serve; else the next question says so
+            try:
                 yield from self._check_policy(partition)
+            except Unreachable:
+                if self.router.single:  # to ask it more would cost its caller another timeout
+                    raise
 
     def _check_policy(self, partition: int) -> Steps[None]:
         try:
@@ -163,7 +165,10 @@ class Questions:
     def _read_node(
         self, node: Node, partitions: Sequence[int], known: Mapping[int, Epoch]
     ) -> Steps[dict[int, News]]:
-        """Read the logs of one node: all in one script, or on Cluster in a script each, sent together."""
+        """Read the logs of one node: all in one script, or on Cluster in a script each, sent together.
+
+        ``partitions`` in their order: of `META`, the last, there is more to tell.
+        """
         groups = [list(partitions)] if self.router.single else [[partition] for partition in partitions]
         commands = [self._news_command(group, known) for group in groups]
         asked = [group[0] for group in groups]
@@ -171,17 +176,24 @@ class Questions:
             commands.append(("HGET", self.layout.name(META, "mark"), "installation"))
             asked.append(META)
         replies = yield from self.router.ask(node, asked, commands)
+        peppers: list[PepperRecord] | None = None
         if META in partitions:
             mark = replies.pop()
             if mark is None:
                 raise lost()
             self.installation = mark.decode()
+            peppers = read_peppers(replies[-1].pop())
         found = zip(partitions, (item for reply in replies for item in reply), strict=True)
-        return {partition: news_of(*item) for partition, item in found if item}  # none: no tip
+        news = {partition: news_of(*item) for partition, item in found if item}  # none: no tip
+        if META in news:
+            news[META] = news[META]._replace(peppers=peppers)
+        return news
 
     def _news_command(self, partitions: Sequence[int], known: Mapping[int, Epoch]) -> Command:
         tips = [tip_of(known[partition]) if partition in known else "" for partition in partitions]
         names = [self.layout.name(partition, "changes") for partition in partitions]
+        if META in partitions:
+            names.append(self.layout.name(META, "peppers"))
         return ("EVALSHA", _NEWS, len(names), *names, LOG_READ, *tips)
 
 

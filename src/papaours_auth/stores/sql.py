@@ -157,11 +157,11 @@ class _Statements:
 
     @cached_property
     def log(self) -> Select[Any]:
-        meta, changes = self.tables.meta, self.tables.changes
+        changes = self.tables.changes.c
         return (
-            select(*self._mark, changes.c.seq, changes.c.nonce, changes.c.kind, changes.c.subject)
-            .select_from(meta.outerjoin(changes, changes.c.seq >= bindparam("known")))
-            .order_by(changes.c.seq)
+            select(changes.seq, changes.nonce, changes.kind, changes.subject)
+            .where(changes.seq.between(bindparam("known"), bindparam("tip")))
+            .order_by(changes.seq)
             .limit(LOG_READ + 1)
         )
 
@@ -655,18 +655,26 @@ class SQLFeed:
         self._waker = _Waker()
 
     def read(self, known: Mapping[int, Epoch]) -> Reading:
-        """See `Feed.read`."""
-        tip = known.get(0)
-        with self._using:
-            rows = self._ask(self._statements.tip if tip is None else self._statements.log, tip)
-        mark = _check_mark(rows[0] if rows else None)
-        self._tip = Epoch(mark[2], bytes(mark[3]))
-        return Reading(mark[0], {0: News(self._tip, _changes(rows, tip))})
+        """See `Feed.read`.
 
-    def _ask(self, statement: Select[Any], tip: Epoch | None) -> Sequence[_Row]:
+        Tip and peppers are one snapshot. What led to that tip stands in the log for good: it is asked for
+        afterwards, and only where the tip has moved.
+        """
+        since = known.get(0)
+        with self._using:
+            rows = self._ask(self._statements.describe)
+            installation, peppers = _described(rows)
+            self._tip = tip = Epoch(rows[0][2], bytes(rows[0][3]))
+            changes: list[tuple[str, str]] | None = None
+            if since == tip:
+                changes = []
+            elif since is not None:
+                changes = _changes(self._ask(self._statements.log, known=since.seq, tip=tip.seq), since, tip)
+        return Reading(installation, {0: News(tip, changes, peppers)})
+
+    def _ask(self, statement: Select[Any], **values: int) -> Sequence[_Row]:
         """Ask; once more where the connection had died meanwhile."""
         begin, fresh = time.monotonic(), self._connection is None
-        values = {"known": tip.seq} if tip is not None else {}
         try:
             return self._connected().execute(statement, values).all()
         except SQLAlchemyError as error:
@@ -788,13 +796,13 @@ class SQLFeed:
         self._using.release()
 
 
-def _changes(rows: Sequence[_Row], tip: Epoch | None) -> list[tuple[str, str]] | None:
-    """Give what came after the known tip; None where it is not in the log, or too far back."""
-    if tip is None or len(rows) > LOG_READ or rows[0][4] is None:
+def _changes(rows: Sequence[_Row], since: Epoch, tip: Epoch) -> list[tuple[str, str]] | None:
+    """Give what led from one epoch to another; None where either is not in the log, or the way is too long."""
+    if not rows or len(rows) > LOG_READ:
         return None
-    if tip != Epoch(rows[0][4], bytes(rows[0][5])):
+    if [Epoch(row[0], bytes(row[1])) for row in (rows[0], rows[-1])] != [since, tip]:
         return None
-    return [(row[6], row[7]) for row in rows[1:]]
+    return [(row[2], row[3]) for row in rows[1:]]
 
 
 class _Announcement(NamedTuple):

@@ -71,11 +71,15 @@ SCHEMA_VERSION: Final = len(_MIGRATIONS)
 _KEYS: Final = ", ".join(f"k.{name}" for name in KEY_COLUMNS)
 _MACHINES: Final = ", ".join(f"m.{name}" for name in MACHINE_COLUMNS)
 _TIP: Final = "(select seq, nonce from changes order by seq desc limit 1)"
-_LOG: Final = (
-    "select meta.installation, c.seq, c.nonce, c.kind, c.subject from meta left join changes c "
+# In one text, so that a reading is one statement, and so one snapshot: see `_SQLiteFeed`.
+_PEPPERS: Final = "(select group_concat(id || ' ' || hex(proof) || ' ' || status, char(10)) from peppers)"
+_LOG: Final = (  # of words of ours
+    f"select meta.installation, c.seq, c.nonce, c.kind, c.subject, {_PEPPERS} from meta left join changes c "  # noqa: S608
     "on c.seq >= coalesce(?, (select max(seq) from changes)) order by c.seq limit ?"
 )
-_LOG_END: Final = f"select meta.installation, tip.seq, tip.nonce, '', '' from meta join {_TIP} tip"  # noqa: S608
+_LOG_END: Final = (
+    f"select meta.installation, tip.seq, tip.nonce, '', '', {_PEPPERS} from meta join {_TIP} tip"  # noqa: S608
+)
 _FIRST_KEY, _FIRST_MACHINE = 4, 4 + len(KEY_COLUMNS)
 
 _File: TypeAlias = tuple[int, int]  # device and inode
@@ -404,7 +408,7 @@ class _SQLiteFeed:
         epoch = Epoch(*rows[-1][1:3])
         unbroken = tip is not None and same_file and Epoch(*rows[0][1:3]) == tip
         changes = [(row[3], row[4]) for row in rows[1:]] if unbroken else None
-        return Reading(rows[0][0], {0: News(epoch, changes)})
+        return Reading(rows[0][0], {0: News(epoch, changes, _read_peppers(rows[-1][5]))})
 
     def _rows(self, tip: Epoch | None) -> tuple[list[Any], bool]:
         """Give the log from the known tip on, or its last row alone; and whether the file is the same."""
@@ -457,6 +461,14 @@ class _SQLiteFeed:
     def close(self) -> None:
         self._pool.discard()
         self.wake()
+
+
+def _read_peppers(text: str | None) -> list[PepperRecord]:
+    """Read what `_PEPPERS` writes."""
+    lines = [line.split(" ") for line in text.split("\n")] if text is not None else []
+    return [
+        PepperRecord(id_, bytes.fromhex(proof), cast("PepperStatus", status)) for id_, proof, status in lines
+    ]
 
 
 class _Pool:
