@@ -17,16 +17,17 @@ from .stores import Feed
 
 logger = logging.getLogger("papaours_auth")
 
-
-PAUSE: Final = 0.05
-"""Seconds between two readings at least, where the first took longer than the interval: a store that hangs."""
+FIRST_RETRY: Final = 0.05
+"""Seconds from a reading that failed to the next one, doubled with each further failure; and between two at least."""
+LAST_RETRY: Final = 0.25
+"""Seconds that grows to at most, so that recovery is noticed within a second, whatever ``max_staleness``."""
 
 
 class Watcher:
     """Polls a feed every ``max_staleness / 4``, and at once when the feed announces a change.
 
-    The interval counts from when a reading was sent: where readings end by their timeouts, the next one is soon
-    under way, so that a store that goes on is noticed at once.
+    Counted from when a reading was sent: where readings end by their timeouts, the next one is soon under way, so
+    that a store that goes on is noticed at once.
     """
 
     def __init__(self, cache: Cache, feed: Feed, clock: Clock, *, max_staleness: float) -> None:
@@ -74,16 +75,21 @@ class Watcher:
             self.alive = False
 
     def _run(self) -> None:
+        retry = FIRST_RETRY
         while not self._stopping.is_set():
-            begun = self._clock.monotonic()
+            begun, pause = self._clock.monotonic(), self._interval
             try:
                 self.poll()
             except StoreUnavailable as error:
                 if not self._failing:
                     logger.warning("the key store cannot be watched, so uncached answers are due: %s", error)
                 self._failing = True
+                pause = min(pause, retry)
+                retry = min(retry * 2, LAST_RETRY)
             else:
                 if self._failing:
                     logger.warning("the key store can be watched again")
                 self._failing = False
-            self._feed.wait(max(PAUSE, begun + self._interval - self._clock.monotonic()))
+                retry = FIRST_RETRY
+            left = begun + pause - self._clock.monotonic()
+            self._feed.wait(max(left, min(pause, FIRST_RETRY)))
