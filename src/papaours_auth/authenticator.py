@@ -60,9 +60,9 @@ class _Bound(NamedTuple):
     ring: PepperRing
     primary_missing: bool = False
     told: Told | None = None
-    """By whom: a reading, or nobody, or a question of ours that was asked before there were readings."""
+    """The record as readings tell it, for as long as the cache trusts them. None where it was asked for."""
     until: float = NEVER
-    """Until when that may be believed, where it was asked for. Of a reading's, the cache tells."""
+    """Until when that may be believed, where it was asked for (monotonic seconds)."""
 
 
 class _Asked(NamedTuple):
@@ -234,7 +234,7 @@ class _Engine(Generic[_F]):
                 # An issuer tag of none of our peppers: forged, unless the store has one that we lack.
                 if not binds:
                     return _Asked(Claim(text.environment, partition(presented), ()), None)
-                self._check_primary()
+                _check_primary(self._bound)
                 raise claim
             finally:
                 del claim  # as below
@@ -253,7 +253,7 @@ class _Engine(Generic[_F]):
             asked.claim, found.record, now=datetime.fromtimestamp(wall, UTC), environment=self.environment
         )
         if standing.identity is None:
-            self._check_primary()
+            _check_primary(bound)
         entry, kept = self._cache.fill(
             digest,
             standing,
@@ -268,13 +268,6 @@ class _Engine(Generic[_F]):
         # As old as the older of the two: what the store said of the key, and of the peppers it was found with.
         sent = min(sent, until - self.max_staleness)
         return None if entry is None else _Fetched(entry, sent)
-
-    def _check_primary(self) -> None:
-        if self._bound.primary_missing:
-            raise StoreUnavailable(
-                "keys are digested under a pepper this app does not have, so it cannot tell unknown keys: "
-                "add the store's primary pepper"
-            )
 
     def _usable(self, fetched: _Fetched) -> bool:
         """Tell whether a fetched answer is still fresh, by a clock read after every wait."""
@@ -431,6 +424,14 @@ def _let_in(entry: Entry, client: str | Address | None, needs: str | Sequence[st
             # An error whose frame holds it is a cycle: it would keep the whole request until the collector comes by.
             del answer
     return answer
+
+
+def _check_primary(bound: _Bound) -> None:
+    if bound.primary_missing:
+        raise StoreUnavailable(
+            "keys are digested under a pepper this app does not have, so it cannot tell unknown keys: "
+            "add the store's primary pepper"
+        )
 
 
 def _check_outage_policy(on_outage: str, max_age: float | None, max_staleness: float) -> None:
