@@ -921,14 +921,53 @@ def test_a_pepper_that_a_reading_tells_to_be_another_one_is_an_outage(
         peppers = peppers_as(spy.real.describe(), proof=b"?" * 32).peppers
         return reading._replace(news={0: reading.news[0]._replace(peppers=peppers)})
 
+    assert door.authenticator.health().ok
     spy.on_read = tells
-    door.refresh()
-    spy.on_read = unavailable
     spy.on_describe = lambda ask: peppers_as(ask(), proof=b"?" * 32)
+    door.refresh()
+    assert not door.authenticator.health().ok
     assert door.knock(SEED) is Reason.STORE_UNAVAILABLE
     assert door.knock(STRANGER) is Reason.STORE_UNAVAILABLE
+    door.refresh()  # that the store answers is not all there is to it
     assert not door.authenticator.health().ok
     assert "'p1' is not the one this store was made with" in door.authenticator.health().error
+
+
+@pytest.mark.parametrize("overtaken", ["retired", "not yet retired"])
+def test_threads_that_bind_at_once_do_not_mix_what_each_was_told(
+    overtaken: str,
+    opens: Callable[..., Door],
+    spy: Spy,
+    seed: str,
+    clock: ManualClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One is held while it binds by a reading; another binds by what it had asked for before or after."""
+    add_second(spy.real, "accept")
+    door = opens(peppers=BOTH)
+    authenticator, compare = door.authenticator, PepperRing.__eq__
+    sent, first = clock.monotonic(), spy.real.describe()
+    retire_first(spy.real)
+    late, now = first, spy.real.describe()
+    if overtaken == "retired":
+        late, now = now, first
+        spy.real.set_pepper_status("p1", "primary", AUTHOR)
+        spy.real.set_pepper_status("p2", "accept", AUTHOR)
+    authenticator._take(now, sent)
+    authenticator.refresh()
+
+    def held(ring: PepperRing, other: object) -> bool:
+        same = compare(ring, other)
+        monkeypatch.setattr(PepperRing, "__eq__", compare)
+        authenticator._take(late, sent)
+        return same
+
+    monkeypatch.setattr(PepperRing, "__eq__", held)
+    assert authenticator._binds(clock.monotonic()) is not None
+    assert PepperRing.__eq__ is compare
+    authenticator.refresh()
+    answer = door.knock(SEED)
+    assert answer is Reason.UNKNOWN_KEY if overtaken == "not yet retired" else isinstance(answer, Identity)
 
 
 # options, start and close

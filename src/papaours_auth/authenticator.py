@@ -225,16 +225,18 @@ class _Engine(Generic[_F]):
         claim = read(presented, format=self.format, peppers=ring)
         if isinstance(claim, Refused):
             try:
-                binds = self._binds(self._monotonic())
-                if binds and not self._bound.primary_missing:  # before it is parsed again: a flood ends here
+                bound = self._binds(self._monotonic())
+                if (
+                    bound is not None and not bound.primary_missing
+                ):  # before it is parsed again: a flood ends here
                     raise claim
                 text = self.format.read(presented)
                 if text is None:
                     raise claim
                 # An issuer tag of none of our peppers: forged, unless the store has one that we lack.
-                if not binds:
+                if bound is None:
                     return _Asked(Claim(text.environment, partition(presented), ()), None)
-                _check_primary(self._bound)
+                _check_primary(bound)
                 raise claim
             finally:
                 del claim  # as below
@@ -278,17 +280,20 @@ class _Engine(Generic[_F]):
         """Take in that the store was read."""
         self._breaker.succeeded()
 
-    def _binds(self, now: float) -> bool:
-        """Tell whether our peppers' statuses are those of some moment within `max_staleness`."""
-        told = self._cache.told(now)
+    def _binds(self, now: float) -> _Bound | None:
+        """Give our peppers with their statuses of some moment within `max_staleness`; None where those are not known.
+
+        Threads may each bind: whoever goes on from what this gives speaks of one record.
+        """
+        bound, told = self._bound, self._cache.told(now)
         if told is None:
-            return now < self._bound.until
-        if told is not self._bound.told:
-            try:
-                self._bind(told.installation, told.peppers, told=told)
-            except ConfigurationError:  # which `check` raises too, where it is heard of
-                return False
-        return True
+            return bound if now < bound.until else None
+        if told is bound.told:
+            return bound
+        try:
+            return self._bind(told.installation, told.peppers, told=told)
+        except ConfigurationError:  # which `check` raises too, where the store says the same when asked
+            return None
 
     def _bind(
         self,
@@ -297,12 +302,17 @@ class _Engine(Generic[_F]):
         *,
         told: Told | None = None,
         until: float = NEVER,
-    ) -> None:
+    ) -> _Bound:
         """Hold our peppers against the store's record of them. Raises `ConfigurationError`."""
         ring = self._given.bound_to(installation, {record.id: record[1:] for record in peppers})
-        if ring == self._bound.ring:
-            ring = self._bound.ring  # that of the claims under way
-        self._bound = _Bound(ring, ring.primary_missing, told, until)
+        held = self._bound.ring  # read once: another thread may put its own there
+        bound = self._bound = _Bound(
+            held if ring == held else ring,  # that of the claims under way
+            ring.primary_missing,
+            told,
+            until,
+        )
+        return bound
 
     def _take(self, description: Description, sent: float) -> None:
         """Bind our peppers by what the store said when we asked. Raises `ConfigurationError`."""
@@ -311,7 +321,11 @@ class _Engine(Generic[_F]):
 
     def _ready(self, now: float) -> bool:
         """Tell whether the store was checked, our peppers were held against its, and the watcher runs."""
-        return self._checked and self._binds(now) and (not self._watch or self._is_watching())
+        return self._checked and self._binds(now) is not None and (not self._watch or self._is_watching())
+
+    def _is_contradicted(self, now: float) -> bool:
+        """Tell whether the peppers that readings tell are not ours."""
+        return self._cache.told(now) is not None and self._binds(now) is None
 
     def _is_watching(self) -> bool:
         watcher = self._watcher
@@ -370,7 +384,7 @@ class _Engine(Generic[_F]):
         """Tell how it is. Asks nobody: cheap enough for any health check."""
         breaker, now = self._breaker, self._monotonic()
         return Health(
-            ok=self._checked and not breaker.is_open,
+            ok=self._checked and not breaker.is_open and not self._is_contradicted(now),
             watching=self._is_watching(),
             trusted_for=max(0.0, self._cache.trusted_until - now),
             known=len(self._cache.entries),
@@ -490,7 +504,7 @@ class Authenticator(_Engine[_Flight]):
         Raises as `start` does.
         """
         sent = self._monotonic()
-        if not (self._checked and self._binds(sent)):
+        if not self._checked or self._binds(sent) is None:
             self._take(self._store.describe(), sent)
 
     def authenticate(
@@ -606,7 +620,7 @@ class AsyncAuthenticator(_Engine["asyncio.Future[_Fetched | None]"]):
 
     async def _check(self) -> None:
         sent = self._monotonic()
-        if not (self._checked and self._binds(sent)):
+        if not self._checked or self._binds(sent) is None:
             self._take(await self._async_store.describe(), sent)
 
     async def authenticate(

@@ -18,7 +18,7 @@ from .stores import Feed
 logger = logging.getLogger("papaours_auth")
 
 FIRST_RETRY: Final = 0.05
-"""Seconds from a reading that failed to the next one, doubled with each further failure; and between two at least."""
+"""Seconds from a reading that failed to the next one, doubled with each further failure."""
 LAST_RETRY: Final = 0.25
 """Seconds that grows to at most, so that recovery is noticed within a second, whatever ``max_staleness``."""
 

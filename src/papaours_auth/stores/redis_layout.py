@@ -147,9 +147,12 @@ def pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
 
 
 def read_pepper(id_: bytes, packed: bytes) -> PepperRecord:
-    """Read what the store knows of a pepper."""
-    proof, status = unpack(packed)
-    return PepperRecord(id_.decode(), bytes.fromhex(proof), status)
+    """Read what the store knows of a pepper. Raises `StoreUnavailable`: it concerns every key."""
+    try:
+        proof, status = unpack(packed)
+        return PepperRecord(id_.decode(), bytes.fromhex(proof), status)
+    except (ValueError, TypeError, UnreadableRecord) as error:
+        raise lost() from error
 
 
 def packed_pepper(pepper: PepperRecord) -> str:

@@ -646,7 +646,6 @@ class SQLFeed:
 
     def _reset(self) -> None:
         self._connection: Connection | None = None
-        self._installation: str | None = None
         self._listening: Any = None  # the psycopg connection
         self._heard = False
         self._test = ""
@@ -762,7 +761,8 @@ class SQLFeed:
             except SQLAlchemyError:
                 self._disconnect()
                 return True  # the next reading says so
-        return row is None or Epoch(row[2], bytes(row[3])) != self._tip
+        # One that is gone the next reading tells of, which must not come at once for as long as it is gone.
+        return row is not None and Epoch(row[2], bytes(row[3])) != self._tip
 
     def _take_announcements(self) -> None:
         """Take what has arrived by itself, without asking the server anything."""

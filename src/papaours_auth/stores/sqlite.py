@@ -464,11 +464,15 @@ class _SQLiteFeed:
 
 
 def _read_peppers(text: str | None) -> list[PepperRecord]:
-    """Read what `_PEPPERS` writes."""
+    """Read what `_PEPPERS` writes. Raises `StoreUnavailable` for what nobody wrote by `Keys`."""
     lines = [line.split(" ") for line in text.split("\n")] if text is not None else []
-    return [
-        PepperRecord(id_, bytes.fromhex(proof), cast("PepperStatus", status)) for id_, proof, status in lines
-    ]
+    try:
+        return [
+            PepperRecord(id_, bytes.fromhex(proof), cast("PepperStatus", status))
+            for id_, proof, status in lines
+        ]
+    except ValueError as error:
+        raise StoreUnavailable("the peppers in the SQLite store cannot be read") from error
 
 
 class _Pool:
