@@ -622,6 +622,15 @@ def test_a_log_whose_tip_makes_no_sense_is_an_outage(tip: str, house: House, rin
     unavailable(lambda: asyncio.run(found()))
 
 
+@pytest.mark.parametrize("packed", ['["zz","accept"]', '["00"]', "5", '[5,"accept"]', "nonsense"])
+def test_a_peppers_record_that_makes_no_sense_is_an_outage(packed: str, house: House) -> None:
+    """Each reading brings the peppers: any other error would end the watcher."""
+    house.store._run(META, ("HSET", name_in(house, META, "peppers"), "p9", packed))
+    unavailable(house.store.describe)
+    with contextlib.suppress(StoreUnavailable), contextlib.closing(house.store.feed()) as feed:
+        assert META not in feed.read({}).news
+
+
 def test_who_waits_for_a_reply_as_the_store_is_closed_is_answered_in_time(
     own: RedisServer, own_house: House
 ) -> None:

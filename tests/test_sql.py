@@ -729,6 +729,20 @@ def test_a_store_that_makes_no_sense_is_an_outage_not_an_unknown_key(
             store.create()
 
 
+def test_a_feed_of_a_store_that_lost_its_mark_waits_between_readings(store: SQLStore) -> None:
+    feed = store.feed()
+    feed.read({})
+    with store._writes.connect() as connection:
+        connection.exec_driver_sql("delete from papaours_meta")
+        connection.commit()
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match="installation mark"):
+            feed.read({})
+        feed._heard = False  # of the deletion, where the server announces
+        assert not feed._changed()
+    feed.close()
+
+
 def test_processes_that_create_at_once_make_one_store(url: str) -> None:
     code = (
         "import sys; from papaours_auth import open_store; "

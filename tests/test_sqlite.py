@@ -284,6 +284,15 @@ def test_a_store_that_makes_no_sense_is_an_outage_not_an_unknown_key(
         store.lookup(claim)
 
 
+def test_a_peppers_record_that_makes_no_sense_is_an_outage(store: Store, path: Path) -> None:
+    """Any other error would end the watcher."""
+    edit(path, "insert into peppers (id, proof, status) values ('a b', zeroblob(32), 'retired')")
+    feed = store.feed()
+    with pytest.raises(StoreUnavailable, match="peppers in the SQLite store cannot be read"):
+        feed.read({})
+    feed.close()
+
+
 def test_a_file_that_is_away_is_an_outage_and_comes_back(store: Store, claim: Claim, path: Path) -> None:
     feed = store.feed()
     feed.read({})
