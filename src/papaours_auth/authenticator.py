@@ -475,7 +475,8 @@ class Authenticator(_Engine[_Flight]):
       keys it knows, by what the store said at most ``max_age`` seconds ago, which then takes the place of
       ``max_staleness`` in the promise. Such identities say ``stale``.
     - ``max_flights``: how many lookups may be under way; more calls than that are refused as an outage.
-    - ``clock``: where time comes from. ``watch=False``: no thread; the app calls `refresh`.
+    - ``clock``: where time comes from. ``watch=False``: no thread; the app calls `refresh`, more often than every
+      ``max_staleness`` seconds, or nothing is remembered.
 
     Raises `ConfigurationError` at once for what is set up wrongly.
     """
