@@ -183,36 +183,29 @@ class Timed(Slow):
 
 
 @pytest.mark.parametrize(
-    ("readings", "waits"),
+    ("interval", "readings", "waits"),
     [
-        pytest.param([(0.0, True), (0.2, True), (0.7, True)], [0.5, 0.3, FIRST_RETRY], id="it answers"),
-        pytest.param([(0.0, False)] * 5, [0.05, 0.1, 0.2, 0.25, 0.25], id="it refuses: twice as long, to 0.25"),
-        pytest.param([(0.5, False)] * 5, [FIRST_RETRY] * 5, id="it hangs: a reading is nearly always under way"),
+        pytest.param(0.5, [(0.0, True), (0.2, True), (0.7, True)], [0.5, 0.3, FIRST_RETRY], id="it answers"),
+        pytest.param(0.5, [(0.0, False)] * 5, [0.05, 0.1, 0.2, 0.25, 0.25], id="it refuses: twice as long, to 0.25"),
+        pytest.param(0.5, [(0.5, False)] * 5, [FIRST_RETRY] * 5, id="it hangs: a reading is nearly always under way"),
         pytest.param(
+            0.5,
             [(0.0, False), (0.0, False), (0.0, True), (0.1, False), (0.05, False)],
             [0.05, 0.1, 0.5, FIRST_RETRY, FIRST_RETRY],
             id="it answered meanwhile: from the beginning",
         ),
+        pytest.param(0.025, [(0.0, True), (0.0, False), (0.0, False)], [0.025] * 3, id="no longer than the interval"),
     ],
 )  # fmt: skip
 def test_readings_come_in_intervals_and_soon_after_one_that_failed(
-    clock: ManualClock, readings: list[tuple[float, bool]], waits: list[float]
+    clock: ManualClock, interval: float, readings: list[tuple[float, bool]], waits: list[float]
 ) -> None:
-    feed = Timed(clock, readings)
-    cache = Cache(clock=clock, max_staleness=2.0, max_known=1, max_unknown=1, lifetime=1.0)
-    watcher = Watcher(cache, feed, clock, max_staleness=2.0)
+    feed, max_staleness = Timed(clock, readings), interval * 4
+    cache = Cache(clock=clock, max_staleness=max_staleness, max_known=1, max_unknown=1, lifetime=1.0)
+    watcher = Watcher(cache, feed, clock, max_staleness=max_staleness)
     feed.stop = watcher.close
     watcher._run()
     assert feed.waits == pytest.approx(waits)
-
-
-def test_no_pause_is_longer_than_a_short_interval(clock: ManualClock) -> None:
-    feed = Timed(clock, [(0.0, True), (0.0, False), (0.0, False)])
-    cache = Cache(clock=clock, max_staleness=0.1, max_known=1, max_unknown=1, lifetime=1.0)
-    watcher = Watcher(cache, feed, clock, max_staleness=0.1)
-    feed.stop = watcher.close
-    watcher._run()
-    assert feed.waits == pytest.approx([0.025] * 3)
 
 
 class Interrupted:

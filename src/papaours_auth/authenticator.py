@@ -226,9 +226,8 @@ class _Engine(Generic[_F]):
         if isinstance(claim, Refused):
             try:
                 bound = self._binds(self._monotonic())
-                if (
-                    bound is not None and not bound.primary_missing
-                ):  # before it is parsed again: a flood ends here
+                # Before it is parsed again: a flood ends here.
+                if bound is not None and not bound.primary_missing:
                     raise claim
                 text = self.format.read(presented)
                 if text is None:
