@@ -142,9 +142,18 @@ def _handles_abort(master: int) -> list[bool]:
 
 
 def is_stopped(pid: int) -> bool:
-    """Tell whether SIGSTOP has reached every thread of a process: some run on for a moment after it was sent."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/stat")
-    return all(task.read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
+    """Tell whether SIGSTOP has reached every thread of a process: some run on for a moment after it was sent.
+
+    A thread that has ended runs no more either, reaped (no file) or not (state Z, then X).
+    """
+    return all(_state(task) in "TZX" for task in Path(f"/proc/{pid}/task").glob("*/stat"))
+
+
+def _state(task: Path) -> str:
+    try:
+        return task.read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, *, what: str | Callable[[], str]) -> None:

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -106,15 +106,19 @@ class SQLServer:
 
     def pause(self) -> None:
         """Stop all its processes in the middle of what they do: its sockets stay open and nobody answers."""
-        for pid in self._signal(signal.SIGSTOP):
-            wait_until(partial(is_stopped, pid), 10, what=f"process {pid} to stop")
+        first = self._first()
+        self._send(signal.SIGSTOP, [first])  # and its children then: it starts no more of them
+        self._send(signal.SIGSTOP, children(first))
 
     def resume(self) -> None:
-        self._signal(signal.SIGCONT)
+        first = self._first()
+        self._send(signal.SIGCONT, [*children(first), first])
 
     def kill(self) -> None:
-        """End it as a power cut would."""
-        self._signal(signal.SIGKILL)
+        """End it as a power cut would: nobody ends in good order because another did."""
+        self.pause()
+        first = self._first()
+        self._send(signal.SIGKILL, [*children(first), first])
         self._wait()
 
     def stop(self) -> None:
@@ -128,13 +132,19 @@ class SQLServer:
             self._process = None
         (self.folder / "data" / "postmaster.pid").unlink(missing_ok=True)
 
-    def _signal(self, number: int) -> list[int]:
+    def _first(self) -> int:
         if self._process is None:
             raise AssertionError("the server does not run")
-        processes = [self._process.pid, *children(self._process.pid)]
+        return self._process.pid
+
+    @staticmethod
+    def _send(number: signal.Signals, processes: list[int]) -> None:
         for pid in processes:
-            os.kill(pid, number)
-        return processes
+            with suppress(ProcessLookupError):  # one of PostgreSQL's that ended after it was listed
+                os.kill(pid, number)
+        if number == signal.SIGSTOP:
+            for pid in processes:
+                wait_until(partial(is_stopped, pid), 10, what=f"process {pid} to stop")
 
 
 def children(parent: int) -> list[int]:
