@@ -78,12 +78,14 @@ class House:
         with Recorder(SQLiteSink(self.usage), spool=self.spool, interval=3600, segment_bytes=8192) as heir:
             heir.start()
             wait_until(
-                lambda: heir.flush() and not self._left(heir.producer), 30, what="the spool to be empty"
+                lambda: heir.flush() and not self._left(heir.producer),
+                WAIT,
+                what=lambda: f"the spool to be empty of {self._left(heir.producer)}: {heir.stats()}",
             )
             assert not heir.health().error
 
-    def _left(self, heir: str) -> bool:
-        return any(not path.name.startswith(heir) for path in self.spool.iterdir())
+    def _left(self, heir: str) -> list[str]:
+        return [path.name for path in self.spool.iterdir() if not path.name.startswith(heir)]
 
     def stored(self) -> list[tuple[str, str, int]]:
         with closing(sqlite3.connect(self.usage)) as connection:
