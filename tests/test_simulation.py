@@ -12,7 +12,9 @@ from simulation.scenario import Bug, run
 
 SEEDS = 200
 SEEDS_TO_CATCH = 1_000
-"""How many may pass before a bug must have shown: the rarest is seen in one of some 150."""
+"""How many may pass before a bug must have shown: the rarest is seen in one of some 400."""
+SEEN_AT = {"NoEpochOnFill": 396}
+"""Where it was seen last, to look there first: 25 s less, until a change of the code moves it."""
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +47,7 @@ def test_most_answers_are_judged() -> None:
 @pytest.mark.parametrize("bug", bugs.ALL.values(), ids=bugs.ALL.keys())
 def test_a_deliberate_bug_is_caught(bug: type[Bug]) -> None:
     caught = set()
-    for seed in range(SEEDS_TO_CATCH):
+    for seed in (SEEN_AT.get(bug.__name__, 0), *range(SEEDS_TO_CATCH)):
         violation = run(seed, bug()).violation
         if violation is not None:
             caught.add(violation.invariant)

@@ -11,8 +11,10 @@ from collections.abc import Set as AbstractSet
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sqlalchemy.event
 from sqlalchemy import Engine, create_engine, text
 
 from papaours_auth.exceptions import ConfigurationError, StoreUnavailable
@@ -179,6 +181,35 @@ def test_a_flood_of_new_routes_and_addresses_takes_a_bounded_number_of_rows(plac
             assert place.rows("count(*), sum(calls)", f"{table} where step = '{step}'") == [(most + 1, 455)]
     assert place.rows("calls", f"routes where route = '{OTHER}' and step = 'hour'") == [(251,)]
     assert place.rows("calls", "routes where route = '/known' and step = 'day'") == [(5,)]
+
+
+def test_what_has_rows_is_read_by_few_statements_whether_keys_or_hours_are_many(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollup, "MOST_DISTINCT", {"hour": 1, "day": 1})
+    monkeypatch.setattr("papaours_auth.usage.sql.MOST_DISTINCT", rollup.MOST_DISTINCT)
+    monkeypatch.setattr("papaours_auth.usage.sqlite.MOST_DISTINCT", rollup.MOST_DISTINCT)
+    first, second = Place(url), Place(url)  # another process, which knows of no row
+    many_hours = [(f"key_{number % 2}", TODAY + number * HOUR) for number in range(24)]
+    many_keys = [(f"key_{number}", NOW) for number in range(10, 34)]
+    first.write(*(event(at, key, route="/a") for key, at in [*many_hours, *many_keys]))
+    asked: list[str] = []
+
+    def note(*given: Any) -> None:
+        if given[2].startswith("SELECT") and "usage_routes" in given[2] and "LIMIT" not in given[2]:
+            asked.append(given[2])
+
+    sqlalchemy.event.listen(second.engine, "before_cursor_execute", note)
+    second.sequence = 1
+    for wanted in (many_hours, many_keys):
+        asked.clear()
+        second.write(*(event(at, key, route=route) for key, at in wanted for route in ("/a", "/b", "/b")))
+        assert len(asked) <= 3, "a statement for each of two keys or for one hour, and one for the day"
+    for step, buckets in (("hour", 24 + 24), ("day", 2 + 24)):
+        rows = first.rows("route, count(*), sum(calls)", f"routes where step = '{step}' group by route")
+        assert sorted(rows) == [("/a", buckets, 96), (OTHER, buckets, 96)]
+    for place in (first, second):
+        place.engine.dispose()
 
 
 def test_a_flood_of_networks_takes_a_bounded_number_of_rows(place: Place) -> None:

@@ -39,7 +39,7 @@ from ..stores.sql_level import AtLevel
 from . import rollup
 from .event import Event
 from .reader import Ask, Cell, Row
-from .rollup import MOST_DISTINCT, MOST_NETWORKS, Bucket, Column, Counted, Expired, Known, Retention
+from .rollup import MOST_DISTINCT, MOST_NETWORKS, Bucket, Column, Expired, Known, Retention
 from .sinks import Batch
 from .sql_tables import UsageTables, check_version, prepare
 
@@ -292,18 +292,24 @@ def _counts(
 def _read(
     connection: Connection, table: Table, column: Column, places: Sequence[Bucket]
 ) -> Iterator[tuple[Bucket, str]]:
-    """Read a column's values: a statement for each start, of which a batch has few, and so many keys."""
-    keys: dict[tuple[Counted, int], list[str]] = {}
-    for key, step, start in places:
-        keys.setdefault((step, start), []).append(key)
-    for (step, start), found in keys.items():
-        for first in range(0, len(found), _CHUNK):
-            of_these = table.c.key_id.in_(found[first : first + _CHUNK])
-            rows = select(table.c.key_id, table.c[column]).where(
-                of_these, table.c.step == step, table.c.start == start
-            )
-            for key, value in connection.execute(rows):
-                yield (key, step, start), value
+    """Read a column's values: a statement for each start, of which a batch has few, and so many keys.
+
+    The other way round where the keys are fewer: a dead process may have left days of one key's calls.
+    """
+    for step in MOST_DISTINCT:
+        wanted = [(key, start) for key, of, start in places if of == step]
+        by_key = len({key for key, _ in wanted}) < len({start for _, start in wanted})
+        one, other = (table.c.key_id, table.c.start) if by_key else (table.c.start, table.c.key_id)
+        groups: dict[str | int, list[str | int]] = {}
+        for key, start in wanted:
+            groups.setdefault(key if by_key else start, []).append(start if by_key else key)
+        for this, those in groups.items():
+            for first in range(0, len(those), _CHUNK):
+                rows = select(table.c.key_id, table.c.start, table.c[column]).where(
+                    table.c.step == step, one == this, other.in_(those[first : first + _CHUNK])
+                )
+                for key, start, value in connection.execute(rows):
+                    yield (key, step, start), value
 
 
 def _refusals(connection: Connection, table: Table, batch: Batch) -> Iterator[Row]:
