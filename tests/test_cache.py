@@ -79,7 +79,6 @@ class Bench:
         entry, kept = self.cache.fill(
             digest,
             standing(found),
-            found,
             epochs,
             monotonic=self.clock.mono,
             wall=self.clock.wall,
@@ -311,7 +310,6 @@ def test_an_answer_found_with_peppers_of_before_a_change_is_not_used(bench: Benc
     entry, kept = bench.cache.fill(
         b"d",
         standing(found),
-        found,
         {0: epoch(2)},
         monotonic=bench.clock.mono,
         wall=bench.clock.wall,
@@ -366,7 +364,6 @@ def test_pitfall_9_a_record_found_by_a_loose_comparison_does_not_stand_in_for_it
     bench.cache.fill(
         b"its twin",
         loose,
-        found,
         {0: epoch(1)},
         monotonic=bench.clock.mono,
         wall=bench.clock.wall,

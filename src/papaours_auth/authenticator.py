@@ -258,7 +258,6 @@ class _Engine(Generic[_F]):
         entry, kept = self._cache.fill(
             digest,
             standing,
-            found.record,
             found.epochs,
             monotonic=monotonic,
             wall=wall,
@@ -429,7 +428,7 @@ class _Engine(Generic[_F]):
 
 
 def _let_in(entry: Entry, client: str | Address | None, needs: str | Sequence[str]) -> Identity:
-    answer = admit(entry.standing, client=client, needs=needs)
+    answer = admit(entry, client=client, needs=needs)
     if isinstance(answer, Refused):
         try:
             raise answer

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from datetime import datetime
 from hmac import compare_digest
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from .digest import Candidate, PepperRing
 from .exceptions import Reason, Refused
@@ -44,6 +44,22 @@ class Standing(NamedTuple):
     reason: Reason | None
     networks: tuple[Network, ...] = ()
     expires_at: datetime | None = None
+
+
+class Judged(Protocol):
+    """What `admit` asks of a standing: the cache keeps that of each key, and no more."""
+
+    @property
+    def identity(self) -> Identity | None:
+        """Whose key it is; None for an unknown one."""
+
+    @property
+    def reason(self) -> Reason | None:
+        """Why it is refused whatever the request; None where it is not."""
+
+    @property
+    def networks(self) -> tuple[Network, ...]:
+        """The networks it is bound to; none where it may come from anywhere."""
 
 
 def read(presented: bytes, *, format: KeyFormat, peppers: PepperRing) -> Claim | Refused:  # noqa: A002
@@ -85,7 +101,7 @@ def stand(claim: Claim, record: Record | None, *, now: datetime, environment: st
 
 
 def admit(
-    standing: Standing, *, client: str | Address | None, needs: str | Sequence[str]
+    standing: Judged, *, client: str | Address | None, needs: str | Sequence[str]
 ) -> Identity | Refused:
     """Judge a request by a key of this standing. An address that is needed and not known is refused."""
     identity, reason = standing.identity, standing.reason

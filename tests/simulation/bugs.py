@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from papaours_auth import Identity, StoreUnavailable
-from papaours_auth.model import Record
 from papaours_auth.stores import Author, Epoch, Feed, Reading
 from papaours_auth.verify import Standing
 
@@ -25,7 +24,6 @@ class NoEpochOnFill(Bug):
         def unstamped(
             digest: bytes,
             standing: Standing,
-            record: Record | None,
             epochs: Mapping[int, Epoch],
             **times: Any,
         ) -> Any:
@@ -33,7 +31,6 @@ class NoEpochOnFill(Bug):
             return fill(
                 digest,
                 standing,
-                record,
                 {part: known.get(part, epoch) for part, epoch in epochs.items()},
                 **times,
             )
