@@ -63,8 +63,7 @@ class Entry:
         self, digest: bytes, standing: Standing, deadline: float, expiry: float, partitions: tuple[int, ...]
     ) -> None:
         self.digest = digest
-        # What the standing says, and not it: with three objects a key for the collector to walk, not four, its
-        # rounds over a full cache are a quarter shorter.
+        # What the standing says, and not it: 88 bytes less a key (of 780).
         self.identity: Identity | None = standing.identity
         self.reason = standing.reason
         self.networks = standing.networks

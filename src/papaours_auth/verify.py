@@ -47,7 +47,7 @@ class Standing(NamedTuple):
 
 
 class Judged(Protocol):
-    """What `admit` asks of a standing: the cache keeps that of each key, and no more."""
+    """What `admit` asks of a standing: the cache keeps it of each key."""
 
     @property
     def identity(self) -> Identity | None:

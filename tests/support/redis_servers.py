@@ -109,6 +109,8 @@ class RedisServer:
     def freeze(self) -> None:
         self._signal(signal.SIGSTOP)
         if self.process is not None:
+            if self.process.poll() is not None:
+                raise AssertionError("Redis ended before it was frozen")
             wait_until(partial(is_stopped, self.process.pid), 10, what="Redis to stop")
 
     def thaw(self) -> None:

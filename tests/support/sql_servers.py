@@ -107,6 +107,8 @@ class SQLServer:
     def pause(self) -> None:
         """Stop all its processes in the middle of what they do: its sockets stay open and nobody answers."""
         first = self._first()
+        if self._process is not None and self._process.poll() is not None:
+            raise AssertionError(f"the server ended: {(self.folder / 'log').read_text()}")
         self._send(signal.SIGSTOP, [first])  # and its children then: it starts no more of them
         self._send(signal.SIGSTOP, children(first))
 
@@ -116,10 +118,12 @@ class SQLServer:
 
     def kill(self) -> None:
         """End it as a power cut would: nobody ends in good order because another did."""
-        self.pause()
-        first = self._first()
-        self._send(signal.SIGKILL, [*children(first), first])
-        self._wait()
+        try:
+            self.pause()
+        finally:
+            first = self._first()
+            self._send(signal.SIGKILL, [*children(first), first])
+            self._wait()
 
     def stop(self) -> None:
         if self._process is not None:
@@ -140,7 +144,7 @@ class SQLServer:
     @staticmethod
     def _send(number: signal.Signals, processes: list[int]) -> None:
         for pid in processes:
-            with suppress(ProcessLookupError):  # one of PostgreSQL's that ended after it was listed
+            with suppress(ProcessLookupError):  # where the first one runs: listed, and ended since
                 os.kill(pid, number)
         if number == signal.SIGSTOP:
             for pid in processes:

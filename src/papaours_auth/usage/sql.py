@@ -300,16 +300,16 @@ def _read(
         wanted = [(key, start) for key, of, start in places if of == step]
         by_key = len({key for key, _ in wanted}) < len({start for _, start in wanted})
         one, other = (table.c.key_id, table.c.start) if by_key else (table.c.start, table.c.key_id)
-        groups: dict[str | int, list[str | int]] = {}
+        groups: dict[Any, list[Any]] = {}  # Any: a key and its starts, or a start and its keys
         for key, start in wanted:
             groups.setdefault(key if by_key else start, []).append(start if by_key else key)
         for this, those in groups.items():
             for first in range(0, len(those), _CHUNK):
-                rows = select(table.c.key_id, table.c.start, table.c[column]).where(
+                rows = select(other, table.c[column]).where(
                     table.c.step == step, one == this, other.in_(those[first : first + _CHUNK])
                 )
-                for key, start, value in connection.execute(rows):
-                    yield (key, step, start), value
+                for that, value in connection.execute(rows):
+                    yield ((this, step, that) if by_key else (that, step, this)), value
 
 
 def _refusals(connection: Connection, table: Table, batch: Batch) -> Iterator[Row]:
