@@ -4,8 +4,9 @@ Times are judged by the better of up to `TRIES` runs: a slow neighbour can spoil
 in which the floor differs from itself is not judged at all. Instruction counts repeat to a percent, so theirs decide
 at once; where valgrind is not installed, they are left out.
 
-A bound stands above what was last accepted by the noise seen over twenty runs on a busy machine. Where something
-became slower for a good reason, change the bound here and say so in the commit.
+A bound stands above what was last accepted by the noise seen over twenty runs on a busy machine, on the processor
+where the ratio is worst: two codes are not slowed alike. Where something became slower for a good reason, change the
+bound here and say so in the commit.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from . import floor, instructions, middleware
 from .harness import Figure, Result, show
 
 BOUNDS: Final = {
-    "Authenticator.authenticate / the floor": 1.16,  # seen 1.04 to 1.10
-    "Authenticator.cached / the floor": 0.99,  # 0.85 to 0.95
+    "Authenticator.authenticate / the floor": 1.18,  # seen 1.04 to 1.15
+    "Authenticator.cached / the floor": 1.02,  # 0.85 to 0.99
     "ASGI, 0 other headers: added / Starlette's added": 1.32,  # 1.13 to 1.23
     "ASGI, 30 other headers: added / Starlette's added": 1.4,  # 1.17 to 1.34
-    "WSGI, 0 other headers: added / hand-written guard's added": 3.1,  # 2.52 to 2.93
+    "WSGI, 0 other headers: added / hand-written guard's added": 3.5,  # 2.52 to 2.93, and 2.88 to 3.24 on an AMD EPYC
 }
 COUNTED: Final = {
     "instructions: authenticate / the floor": 1.15,  # 1.13
