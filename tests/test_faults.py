@@ -1,7 +1,8 @@
 """Real faults under real load: four processes verify while their store is changed, taken away and given back.
 
 Each store comes with what is done to it. The figures (how fast, not whether) are the
-benchmarks' business; here only what must never happen is asserted.
+benchmarks' business; here only what must never happen is asserted. The processes' clocks are real, so the bound has
+to pass in real time: each sleep is a bound or a fault's length with its slack, and waits for nothing else.
 """
 
 from __future__ import annotations

@@ -187,9 +187,8 @@ def test_what_has_rows_is_read_by_few_statements_whether_keys_or_hours_are_many(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is counted are SQLAlchemy's statements: the sink of a file reads its own rows by no round trip."""
-    monkeypatch.setattr(rollup, "MOST_DISTINCT", {"hour": 1, "day": 1})
-    monkeypatch.setattr("papaours_auth.usage.sql.MOST_DISTINCT", rollup.MOST_DISTINCT)
-    monkeypatch.setattr("papaours_auth.usage.sqlite.MOST_DISTINCT", rollup.MOST_DISTINCT)
+    for module in ("sql", "sqlite"):
+        monkeypatch.setattr(f"papaours_auth.usage.{module}.MOST_DISTINCT", {"hour": 1, "day": 1})
     first, second = Place(url), Place(url)  # another process, which knows of no row
     many_hours = [(f"key_{number % 2}", TODAY + number * HOUR) for number in range(24)]
     many_keys = [(f"key_{number}", NOW) for number in range(10, 34)]

@@ -87,10 +87,15 @@ class RedisServer:
         wait_until(self._answers, START_SECONDS, what=f"Redis to answer: {self.folder / 'log'}")
         return self
 
-    def _answers(self) -> bool:
+    def _alive(self) -> int:
+        """Give its process. Fails the test where that has ended."""
         if self.process is None or self.process.poll() is not None:
             log = self.folder / "log"
             raise AssertionError(f"Redis ended: {log.read_text() if log.exists() else 'no log'}")
+        return self.process.pid
+
+    def _answers(self) -> bool:
+        self._alive()
         try:
             with socket.create_connection((HOST, self.port), timeout=1) as connection:
                 connection.sendall(b"PING\r\n")
@@ -107,11 +112,9 @@ class RedisServer:
             client.close()
 
     def freeze(self) -> None:
+        process = self._alive()
         self._signal(signal.SIGSTOP)
-        if self.process is not None:
-            if self.process.poll() is not None:
-                raise AssertionError("Redis ended before it was frozen")
-            wait_until(partial(is_stopped, self.process.pid), 10, what="Redis to stop")
+        wait_until(partial(is_stopped, process), 10, what="Redis to stop")
 
     def thaw(self) -> None:
         self._signal(signal.SIGCONT)

@@ -96,8 +96,7 @@ class SQLServer:
         wait_until(self._answers, START_SECONDS, what=f"the {self.scheme} server: {self.folder}/log")
 
     def _answers(self) -> bool:
-        if self._process is None or self._process.poll() is not None:
-            raise AssertionError(f"the server ended: {(self.folder / 'log').read_text()}")
+        self._alive()
         try:
             self.execute("select 1")
         except DBAPIError:
@@ -106,22 +105,20 @@ class SQLServer:
 
     def pause(self) -> None:
         """Stop all its processes in the middle of what they do: its sockets stay open and nobody answers."""
-        first = self._first()
-        if self._process is not None and self._process.poll() is not None:
-            raise AssertionError(f"the server ended: {(self.folder / 'log').read_text()}")
+        first = self._alive()
         self._send(signal.SIGSTOP, [first])  # and its children then: it starts no more of them
         self._send(signal.SIGSTOP, children(first))
 
     def resume(self) -> None:
-        first = self._first()
+        first = self._alive()
         self._send(signal.SIGCONT, [*children(first), first])
 
     def kill(self) -> None:
         """End it as a power cut would: nobody ends in good order because another did."""
+        first = self._alive()
         try:
             self.pause()
         finally:
-            first = self._first()
             self._send(signal.SIGKILL, [*children(first), first])
             self._wait()
 
@@ -136,9 +133,10 @@ class SQLServer:
             self._process = None
         (self.folder / "data" / "postmaster.pid").unlink(missing_ok=True)
 
-    def _first(self) -> int:
-        if self._process is None:
-            raise AssertionError("the server does not run")
+    def _alive(self) -> int:
+        """Give its first process. Fails the test where that has ended."""
+        if self._process is None or self._process.poll() is not None:
+            raise AssertionError(f"the server ended: {(self.folder / 'log').read_text()}")
         return self._process.pid
 
     @staticmethod
