@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from papaours_auth.exceptions import ConfigurationError
-from papaours_auth.usage import Batch, CallableSink, Outcome, Recorder, begin_call
+from papaours_auth.usage import Batch, CallableSink, Outcome, Recorder, Refusals, begin_call
 from papaours_auth.usage.event import body_of, started_cell
 from papaours_auth.usage.spool import (
     EVENT,
@@ -26,6 +26,7 @@ from papaours_auth.usage.spool import (
     read_segment,
     records,
 )
+from papaours_auth.usage.spooled import Spooled
 from support.servers import wait_until
 from support.usage import CALLER, SLOW, call
 
@@ -308,6 +309,32 @@ def test_a_new_lock_that_another_process_takes_for_a_dead_ones_is_made_again(
     assert [path.name for path in tmp_path.iterdir()] == [f"{DEAD}.lock"]
     assert met
     spool.close(keep=False)
+
+
+def test_calls_that_take_the_spare_while_a_segment_is_sealed_leave_one_to_write_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Recorder(
+        CallableSink(lambda _: None), spool=tmp_path / "spool", interval=SLOW, segment_bytes=8192
+    ) as recorder:
+        keeper = recorder._keeper
+        assert isinstance(keeper, Spooled)
+        call(recorder)
+        wait_until(lambda: keeper._spare is not None, 10, what="a spare")
+
+        def meanwhile() -> list[Refusals]:
+            while keeper._spare is not None:
+                call(recorder)
+            return []
+
+        with keeper._tending:  # the thread that makes spares is late
+            while keeper._active is not None and not keeper._active.half_full:
+                call(recorder)
+            monkeypatch.setattr(keeper._tally, "take", meanwhile)
+            keeper._seal(last=False)
+            monkeypatch.undo()
+            call(recorder)
+            assert recorder.stats().lost == 0
 
 
 def test_a_sink_that_hangs_does_not_stop_the_making_of_segments(tmp_path: Path) -> None:

@@ -211,19 +211,24 @@ class Spooled:
         segment.remove()
 
     def _seal(self, *, last: bool) -> None:
-        active = self._active
-        if active is None or (self._spare is None and not last and not active.half_full):
-            return  # the disk is full: what there is of a segment is worth more than a prompt delivery
+        if not self._may_seal(last=last):
+            return
         refusals = self._tally.take()
         parts = [(json.dumps(part).encode(), sum(entry.calls for entry in part)) for part in _parts(refusals)]
         with self._lock:
             for body, calls in parts:
                 if not self._place(REFUSALS, _NO_CELL, body):
                     self._lost += calls
-            if self._active is not None and not self._active.empty:
+            # Asked again: calls may have filled that segment and taken the spare meanwhile.
+            if self._may_seal(last=last) and self._active is not None and not self._active.empty:
                 self._rotate()
         if not last:
             self._short.set()
+
+    def _may_seal(self, *, last: bool) -> bool:
+        """Tell no where the disk is full: what there is of a segment is worth more than a prompt delivery."""
+        active = self._active
+        return active is not None and (last or self._spare is not None or active.half_full)
 
     def _left(self, spool: Spool) -> Iterator[Delivery]:
         for left in spool.left():
