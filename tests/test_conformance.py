@@ -18,7 +18,7 @@ from urllib.parse import unquote
 from wsgiref.validate import validator
 
 import pytest
-from fastapi import FastAPI, Security
+from fastapi import Depends, FastAPI, Security
 from fastapi import Request as FastAPIRequest
 from fastapi.responses import JSONResponse as FastAPIJSONResponse
 from flask import Flask, jsonify, request
@@ -41,17 +41,22 @@ from papaours_auth import (
 from papaours_auth import flask as papaours_flask
 from papaours_auth.asgi import PapaoursAuthMiddleware as ASGIMiddleware
 from papaours_auth.asgi import identity_of as asgi_identity
+from papaours_auth.asgi import require
 from papaours_auth.asgi import respond as asgi_respond
 from papaours_auth.fastapi import PapaoursAuth
+from papaours_auth.flask import require as flask_require
 from papaours_auth.starlette import exception_handlers
+from papaours_auth.starlette import require as starlette_require
 from papaours_auth.stores.memory import AsyncMemoryStore, MemoryStore
 from papaours_auth.throttle import Throttle
 from papaours_auth.verify import Claim
 from papaours_auth.wsgi import PapaoursAuthMiddleware as WSGIMiddleware
 from papaours_auth.wsgi import identity_of as wsgi_identity
+from papaours_auth.wsgi import require as wsgi_require
 from papaours_auth.wsgi import respond as wsgi_respond
 
 SEED = "pk_prod_abc123def456ghi789"
+RIGHT = "contrats:lecture"
 METHODS = ["GET", "HEAD", "POST", "OPTIONS"]
 Headers = list[tuple[str, str | bytes]]
 
@@ -100,7 +105,7 @@ GOOD, OTHER, TEST, INACTIVE, EXPIRED, OFF, NETWORK = (
 UNKNOWN = "pk_prod_0123456789abcdef"
 
 EXEMPT = {"exempt": ["/healthz", "/public/*"]}
-PROTECT = {"protect": ["/api/*"]}
+ASIDE = {"everywhere": False}
 OPTIONAL = {"required": False}
 PREFLIGHT: Headers = [("Origin", "https://a.example"), ("Access-Control-Request-Method", "GET")]
 PROXY = {"trusted_proxies": ["10.0.0.0/8", "2001:db8:ffff::/48"]}
@@ -205,10 +210,17 @@ ROWS = [
     anonymous("pitfall 10: mounted under a prefix", [], path="/app/healthz", root="/app", options=EXEMPT),
     refused("pitfall 10: the prefix is no part of the path", [], 401, "missing_key", path="/healthz/contracts", root="/healthz", options=EXEMPT),
     Row("a guarded path beside exempt ones", bearer(GOOD), 200, options=EXEMPT),
-    refused("protect: inside", [], 401, "missing_key", path="/api/x", options=PROTECT),
-    anonymous("protect: outside", [], path="/about", options=PROTECT),
-    refused("protect: what can be read in two ways", [], 401, "missing_key", path="//api/x", options=PROTECT),
-    refused("protect: what can be read in two ways, 2", [], 401, "missing_key", path="/x/../api/x", options=PROTECT),
+    Row("standing aside: a caller is found", bearer(GOOD), 200, options=ASIDE, sent=PRIVATE),
+    anonymous("standing aside: nothing", [], options=ASIDE),
+    anonymous("standing aside: a bad key", x_api_key("nonsense"), options=ASIDE),
+    anonymous("standing aside: an inactive key", bearer(INACTIVE), options=ASIDE),
+    anonymous("standing aside: store down", bearer(SEED), options=ASIDE, broken=True),
+    refused("standing aside, and the route asks: nothing", [], 401, "missing_key", path="/asks", options=ASIDE, sent=CHALLENGE),
+    refused("standing aside, and the route asks: a bad key", x_api_key("nonsense"), 401, "malformed_key", path="/asks", options=ASIDE, sent=INVALID),
+    refused("standing aside, and the route asks: inactive", bearer(INACTIVE), 401, "key_inactive", path="/asks", options=ASIDE),
+    refused("standing aside, and the route asks: two keys", [*bearer(GOOD), *x_api_key(OTHER)], 400, "ambiguous_credentials", path="/asks", options=ASIDE),
+    refused("standing aside, and the route asks: store down", bearer(SEED), 503, "store_unavailable", path="/asks", options=ASIDE, broken=True),
+    Row("standing aside, and the route asks: a caller", bearer(GOOD), 200, path="/asks", options=ASIDE, sent=PRIVATE),
     # anonymous access
     anonymous("required=False, no key", [], options=OPTIONAL),
     anonymous("required=False, a JWT", bearer("eyJhbGciOi.eyJzdWIi.c2ln"), options=OPTIONAL),
@@ -307,6 +319,11 @@ def raised(path: str) -> Refused | None:
     return Refused(Reason(reason)) if found else None
 
 
+def asks(path: str) -> bool:
+    """Whether the route says what it needs."""
+    return path == "/asks"
+
+
 def cache_headers(path: str) -> dict[str, str]:
     return {"Cache-Control": "max-age=60"} if path.endswith("/cached") else {}
 
@@ -318,7 +335,11 @@ def asgi_app(estate: Estate, row: Row) -> Any:
         if refusal is not None:
             await asgi_respond(refusal, scope, send)
             return
-        caller = asgi_identity(scope)
+        try:
+            caller = require(scope, RIGHT) if asks(path) else asgi_identity(scope)
+        except Refused as refused:
+            await asgi_respond(refused, scope, send)
+            return
         content = {"caller": caller.machine.name if caller else None}
         await JSONResponse(content, headers=cache_headers(path))(scope, receive, send)
 
@@ -330,7 +351,7 @@ def starlette_app(estate: Estate, row: Row) -> Any:
         refusal = raised(request.scope["path"])
         if refusal is not None:
             raise refusal
-        caller = request.user
+        caller = starlette_require(request, RIGHT) if asks(request.scope["path"]) else request.user
         content = {"caller": caller.display_name if caller.is_authenticated else None}
         return JSONResponse(content, headers=cache_headers(request.scope["path"]))
 
@@ -345,20 +366,28 @@ def fastapi_app(estate: Estate, row: Row) -> Any:
     """With the dependency alone; where options speak of paths, behind the middleware."""
     app = FastAPI()
     options = estate.options(row, waiting=True)
-    of_paths = {"exempt", "protect", "preflight"} & row.options.keys()
-    alone = {**options, "required": False} if of_paths else options
-    auth = PapaoursAuth(**{name: value for name, value in alone.items() if name not in of_paths})
+    behind = bool({"exempt", "everywhere", "preflight"} & row.options.keys())
+    auth = PapaoursAuth(authenticator=options["authenticator"]) if behind else PapaoursAuth(**options)
 
-    async def endpoint(request: FastAPIRequest, caller: Any = Security(auth)) -> FastAPIJSONResponse:
+    async def found(request: FastAPIRequest) -> Any:
+        return asgi_identity(request.scope)
+
+    async def endpoint(
+        request: FastAPIRequest, caller: Any = Depends(found) if behind else Security(auth)
+    ) -> FastAPIJSONResponse:
         refusal = raised(request.scope["path"])
         if refusal is not None:
             raise refusal
         content = {"caller": caller.machine.name if caller else None}
         return FastAPIJSONResponse(content, headers=cache_headers(request.scope["path"]))
 
+    async def asking(caller: Any = Security(auth, scopes=[RIGHT])) -> FastAPIJSONResponse:
+        return FastAPIJSONResponse({"caller": caller.machine.name})
+
+    app.add_api_route("/asks", asking, methods=METHODS)
     app.add_api_route("/{path:path}", endpoint, methods=METHODS)
     auth.install(app)
-    if of_paths:
+    if behind:
         app.add_middleware(ASGIMiddleware, **options)
     return app
 
@@ -369,7 +398,10 @@ def wsgi_app(estate: Estate, row: Row) -> Any:
         refusal = raised(path)
         if refusal is not None:
             return wsgi_respond(refusal, environ, start_response)
-        caller = wsgi_identity(environ)
+        try:
+            caller = wsgi_require(environ, RIGHT) if asks(path) else wsgi_identity(environ)
+        except Refused as refused:
+            return wsgi_respond(refused, environ, start_response)
         body = json.dumps({"caller": caller.machine.name if caller else None}).encode()
         start_response("200 OK", [("Content-Type", "application/json"), *cache_headers(path).items()])
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
@@ -388,7 +420,7 @@ def flask_app(estate: Estate, row: Row) -> Any:
         refusal = raised("/" + path)
         if refusal is not None:
             raise refusal
-        caller = wsgi_identity(request.environ)
+        caller = flask_require(RIGHT) if asks("/" + path) else wsgi_identity(request.environ)
         return jsonify(caller=caller.machine.name if caller else None), cache_headers("/" + path)
 
     return validator(app)

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from papaours_auth import AsyncAuthenticator, Authenticator, Identity, InvalidInput, PepperRing
+from papaours_auth import AsyncAuthenticator, Authenticator, Identity, InvalidInput, Keys, PepperRing
 from papaours_auth.fastapi import PapaoursAuth as FastAPIAuth
 from papaours_auth.flask import PapaoursAuth as FlaskAuth
 from papaours_auth.flask import identity as flask_identity
@@ -43,7 +43,12 @@ def may_delete(request: Request) -> Response:
 
 
 def ours(request: Request) -> Response:
-    caller = require(request, "contrats:lecture", organisation=request.query_params.get("org"))
+    org = request.query_params.get("org")
+    caller = (
+        require(request, "contrats:lecture", organisation=org)
+        if org
+        else require(request, "contrats:lecture")
+    )
     return JSONResponse({"caller": caller.machine.name})
 
 
@@ -113,6 +118,39 @@ def test_another_error_is_not_answered_for_it(waiting: AsyncAuthenticator) -> No
 
 
 # FastAPI
+
+
+def test_pitfall_34_a_guard_takes_no_other_authenticators_word(ring: PepperRing) -> None:
+    """A test key let in by a dependency of the whole app must not reach a production route (fastapi#469)."""
+    store = MemoryStore()
+    admin = Keys(store, peppers=ring)
+    admin.create_machine("Service", organisation="cfa-lyon")
+    texts = {
+        environment: admin.create_key(
+            "Service", name=f"Service {environment}", environment=environment
+        ).secret.reveal()
+        for environment in ("test", "prod")
+    }
+    auths = {
+        environment: FastAPIAuth(
+            authenticator=AsyncAuthenticator(AsyncMemoryStore(store), environment=environment, peppers=ring)
+        )
+        for environment in ("test", "prod")
+    }
+    app = FastAPI(dependencies=[Security(auths["test"])])
+
+    @app.get("/production")
+    def production(caller: Annotated[Identity, Security(auths["prod"])]) -> str:
+        return caller.key.environment
+
+    for auth in auths.values():
+        auth.install(app)
+    with FastAPIClient(app) as client:
+        for text in texts.values():
+            answer = client.get("/production", headers={"X-API-KEY": text})
+            assert (answer.status_code, answer.json()["code"]) == (401, "wrong_environment")
+    for auth in auths.values():
+        asyncio.run(auth.authenticator.aclose())
 
 
 def fastapi_app(auth: FastAPIAuth) -> FastAPI:
@@ -206,7 +244,7 @@ def flask_app(auth: FlaskAuth) -> Flask:
     return app
 
 
-@pytest.mark.parametrize("options", [{}, {"protect": []}], ids=["guarded", "by the decorator alone"])
+@pytest.mark.parametrize("options", [{}, {"everywhere": False}], ids=["guarded", "by the decorator alone"])
 def test_a_flask_view_asks_for_rights(blocking: Authenticator, options: dict[str, Any]) -> None:
     client = flask_app(FlaskAuth(authenticator=blocking, **options)).test_client()
     answer = client.get("/contracts", headers=BEARER)
@@ -220,7 +258,7 @@ def test_a_flask_view_asks_for_rights(blocking: Authenticator, options: dict[str
 
 
 def test_without_any_guarded_path_flasks_other_views_are_open(blocking: Authenticator) -> None:
-    client = flask_app(FlaskAuth(authenticator=blocking, protect=[])).test_client()
+    client = flask_app(FlaskAuth(authenticator=blocking, everywhere=False)).test_client()
     answer = client.get("/open")
     assert answer.text == "hello"
     assert "Cache-Control" not in answer.headers

@@ -12,7 +12,7 @@ import pytest
 from papaours_auth import Grant, Identity, InvalidInput, Key, KeyFormat, Machine, PepperRing, Reason, Refused
 from papaours_auth.digest import Candidate, Pepper
 from papaours_auth.model import Record
-from papaours_auth.verify import PARTITIONS, Claim, decide, read
+from papaours_auth.verify import PARTITIONS, Claim, authorize, decide, read
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 DIGEST = b"d" * 32
@@ -176,3 +176,45 @@ def test_pitfall_28_neither_claim_nor_record_nor_refusal_shows_a_digest() -> Non
     refused = judge(record(status="inactive"))
     for shown in (repr(CLAIM), repr(record()), repr(refused), str(refused), repr(vars(refused))):
         assert repr(DIGEST)[2:-1] not in shown
+
+
+# rights: one function judges them, for `needs` and for every `require`
+
+CALLER = Identity.of(KEY, MACHINE)
+
+
+def test_a_caller_is_authorized_for_all_rights_it_has() -> None:
+    assert authorize(CALLER, "contrats:lecture") is CALLER
+    assert authorize(CALLER, ["contrats:lecture", "factures:archivage"], "cfa-lyon") is CALLER
+
+
+@pytest.mark.parametrize(
+    ("rights", "organisation"),
+    [(["contrats:lecture", "contrats:écriture"], "cfa-lyon"), (["contrats: Lecture"], "cfa-paris")],
+)
+def test_a_right_that_lacks_anywhere_is_refused_with_all_that_was_asked(
+    rights: list[str], organisation: str
+) -> None:
+    answer = authorize(CALLER, rights, organisation)
+    assert isinstance(answer, Refused)
+    assert (answer.reason, answer.known) == (Reason.INSUFFICIENT_RIGHTS, CALLER)
+    assert answer.needs == tuple(right.replace(" ", "").lower() for right in rights)
+
+
+@pytest.mark.parametrize("organisation", [None, ""])
+def test_an_organisation_that_was_not_found_is_an_error_and_not_any(organisation: Any) -> None:
+    for ask in (
+        lambda: authorize(CALLER, "contrats:lecture", organisation),
+        lambda: authorize(CALLER, ["contrats:suppression", "contrats:lecture"], organisation),
+        lambda: CALLER.allows("contrats:lecture", organisation),
+    ):
+        with pytest.raises(InvalidInput, match="organisation is None or empty"):
+            ask()
+
+
+@pytest.mark.parametrize("needs", ["", (), []])
+def test_empty_needs_are_an_error_and_not_anything_goes(needs: Any) -> None:
+    with pytest.raises(InvalidInput):
+        authorize(CALLER, needs)
+    with pytest.raises(InvalidInput):
+        judge(record(), needs=needs)

@@ -1,4 +1,4 @@
-"""What both middlewares take: one set of options, and one anonymous caller."""
+"""What both middlewares share: their options, whose identity counts, and one anonymous caller."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Final, Literal, TypedDict
 
-from .authenticator import Options
-from .exceptions import ConfigurationError
+from .authenticator import AsyncAuthenticator, Authenticator, Options
+from .exceptions import ConfigurationError, Reason, Refused
+from .model import Identity, Unset
 from .throttle import Throttle
 from .usage import Recorder
 from .usage.event import LONGEST_ROUTE
+from .verify import authorize
 
 STORE_VARIABLE: Final = "PAPAOURS_STORE"
+REFUSAL: Final = "papaours.refusal"
+"""Where in a scope or environ a guard that refuses nobody (``everywhere=False``) notes why it would have refused."""
 _HIDDEN: Final = "(hidden: it looks like a key)"
 
 
@@ -20,8 +24,8 @@ class GateOptions(TypedDict, total=False):
     """Which requests need a key. `papaours_auth.http.Gate` says what each means."""
 
     exempt: Sequence[str] | None
-    protect: Sequence[str] | None
     required: bool
+    everywhere: bool
     preflight: Literal["refuse", "pass"]
     trusted_proxies: Sequence[str]
 
@@ -71,6 +75,37 @@ def needed(environment: str | None) -> str:
             "no environment: say which keys this app accepts, for example environment='prod'"
         )
     return environment
+
+
+def vouched(found: object, authenticator: Authenticator | AsyncAuthenticator) -> Identity | None:
+    """Return the identity that a guard further out found, if this same authenticator verified its key.
+
+    None otherwise: then the key is judged anew. Another authenticator may accept another environment, or ask
+    another store. Every integration that takes over an identity asks here.
+    """
+    return found if isinstance(found, Identity) and found.vouched_by == authenticator.id else None
+
+
+def known(caller: Identity | None, refusal: Refused | None) -> Identity:
+    """Return the caller, or raise `Refused` if there is none.
+
+    ``refusal`` is what a guard that refuses nobody (``everywhere=False``) noted of this request, if anything.
+    """
+    if caller is None:
+        # A copy: an error that is raised keeps the frames it passes, and the noted one outlives them.
+        raise refusal.copy() if refusal is not None else Refused(Reason.MISSING_KEY)
+    return caller
+
+
+def authorized(caller: Identity, rights: Sequence[str], organisation: str | Unset) -> Identity:
+    """Return the caller if it has these rights, or raise `Refused`. `InvalidInput`: see `verify.authorize`."""
+    answer = authorize(caller, rights, organisation)
+    if isinstance(answer, Refused):
+        try:
+            raise answer
+        finally:
+            del answer  # an error whose frame holds it is a cycle
+    return answer
 
 
 class Anonymous:

@@ -14,7 +14,10 @@ from typing import Any, Final, TypeAlias, Unpack
 
 from ._middleware import (
     ANONYMOUS,
+    REFUSAL,
     MiddlewareOptions,
+    authorized,
+    known,
     needed,
     recordable,
     recorder_for,
@@ -24,7 +27,7 @@ from ._middleware import (
 from .authenticator import AsyncAuthenticator
 from .exceptions import ConfigurationError, Reason, Refused, StoreUnavailable
 from .http import Gate, credentials, join_headers, render
-from .model import Identity
+from .model import UNSET, Identity, Unset
 from .stores import AsyncStore
 from .usage import Call, Outcome, Recorder, begin_call
 
@@ -242,7 +245,9 @@ class PapaoursAuthMiddleware(Guard):
             if identity is None:
                 identity = await self.authenticator.authenticate(key, client=client)
         except Refused as refused:
-            if self._passes(refused, scope):
+            if not self.gate.everywhere:
+                await self._pass_anonymous(scope, receive, send, (await self._judged(refused, scope)).copy())
+            elif self._passes(refused, scope):
                 await self._pass_anonymous(scope, receive, send)
             else:
                 await self._refuse(await self._judged(refused, scope), scope, send)
@@ -277,8 +282,11 @@ class PapaoursAuthMiddleware(Guard):
         finally:
             self.ended(recorder, call, scope, call.outcome or _GONE)
 
-    async def _pass_anonymous(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _pass_anonymous(
+        self, scope: Scope, receive: Receive, send: Send, refusal: Refused | None = None
+    ) -> None:
         scope["papaours"] = None
+        scope[REFUSAL] = refusal  # this guard's, not one's further out
         # A user that another middleware found stays. An identity of ours would be that of a guard further out.
         for name in ("user", "auth"):
             if isinstance(scope.setdefault(name, ANONYMOUS), Identity):
@@ -321,6 +329,20 @@ def identity_of(scope: Scope) -> Identity | None:
     """Give the identity a middleware found, or None on an anonymous request."""
     identity = scope.get("papaours")
     return identity if isinstance(identity, Identity) else None
+
+
+def identity(scope: Scope) -> Identity:
+    """Return who calls. Raises `Refused` if it came without a valid key; the middleware answers it."""
+    return known(identity_of(scope), scope.get(REFUSAL))
+
+
+def require(scope: Scope, *rights: str, organisation: str | Unset = UNSET) -> Identity:
+    """Return who calls if they have all these rights: on this organisation's data, or on any if none is named.
+
+    Raises `Refused`, which the middleware answers, and `InvalidInput` for no right, a right that is none, or an
+    organisation that is ``None`` or empty.
+    """
+    return authorized(identity(scope), rights, organisation)
 
 
 def outcome_of(call: Call, error: BaseException | None) -> Outcome:

@@ -143,6 +143,8 @@ class _Engine(Generic[_F]):
             if not 0 < value < float("inf"):
                 raise ConfigurationError(f"{name} must be a number above 0: it bounds what this app may do")
         _check_outage_policy(on_outage, max_age, max_staleness)
+        self.id = secrets.token_hex(8)
+        """Tells this authenticator's identities from those of another: see `Identity.vouched_by`."""
         self.environment = environment
         self.format = format
         self.max_staleness = max_staleness
@@ -183,7 +185,7 @@ class _Engine(Generic[_F]):
     # the hot path
 
     def cached(
-        self, presented: bytes, client: str | Address | None = None, needs: str | Sequence[str] = ()
+        self, presented: bytes, client: str | Address | None = None, needs: str | Sequence[str] | None = None
     ) -> Identity | None:
         """Answer from the cache alone: no I/O, no waiting. None where `authenticate` must ask the store.
 
@@ -207,7 +209,7 @@ class _Engine(Generic[_F]):
         now = self._monotonic()
         if now >= entry.deadline or (now >= trusted_until and not self._cache.trusts(entry, now)):
             return None
-        if entry.open and not needs:
+        if entry.open and needs is None:
             return entry.identity
         return _let_in(entry, client, needs)
 
@@ -251,7 +253,11 @@ class _Engine(Generic[_F]):
         # Before the filling, which tells whether it is still they who say so.
         until = bound.until if bound.told is None else self._cache.trust(bound.told.partition)
         standing = stand(
-            asked.claim, found.record, now=datetime.fromtimestamp(wall, UTC), environment=self.environment
+            asked.claim,
+            found.record,
+            now=datetime.fromtimestamp(wall, UTC),
+            environment=self.environment,
+            vouched_by=self.id,
         )
         if standing.identity is None:
             _check_primary(bound)
@@ -367,7 +373,7 @@ class _Engine(Generic[_F]):
         self._flights.clear()
 
     def _without_store(
-        self, digest: bytes, client: str | Address | None, needs: str | Sequence[str], error: Exception
+        self, digest: bytes, client: str | Address | None, needs: str | Sequence[str] | None, error: Exception
     ) -> Identity:
         """Answer while the store cannot be asked: by what it last said where that is wanted, else by a refusal."""
         if self._max_age is not None and isinstance(error, StoreUnavailable):
@@ -427,7 +433,7 @@ class _Engine(Generic[_F]):
             self._starting.release()
 
 
-def _let_in(entry: Entry, client: str | Address | None, needs: str | Sequence[str]) -> Identity:
+def _let_in(entry: Entry, client: str | Address | None, needs: str | Sequence[str] | None) -> Identity:
     answer = admit(entry, client=client, needs=needs)
     if isinstance(answer, Refused):
         try:
@@ -511,12 +517,13 @@ class Authenticator(_Engine[_Flight]):
         presented: str | bytes,
         *,
         client: str | Address | None = None,
-        needs: str | Sequence[str] = (),
+        needs: str | Sequence[str] | None = None,
     ) -> Identity:
         """Give the identity a key proves, or raise `Refused`. Any text or bytes may be presented.
 
         ``client`` is the caller's address, for keys bound to networks; ``needs`` the rights the call takes,
-        each ``"<permission>:<operation>"``. Raises `InvalidInput` for a need that is not written so.
+        each ``"<permission>:<operation>"``, None for none. Raises `InvalidInput` for a need that is not written so,
+        and for needs that are empty.
         """
         if isinstance(presented, str):
             presented = presented.encode("utf-8", "surrogatepass")
@@ -627,7 +634,7 @@ class AsyncAuthenticator(_Engine["asyncio.Future[_Fetched | None]"]):
         presented: str | bytes,
         *,
         client: str | Address | None = None,
-        needs: str | Sequence[str] = (),
+        needs: str | Sequence[str] | None = None,
     ) -> Identity:
         """See `Authenticator.authenticate`."""
         if isinstance(presented, str):

@@ -72,6 +72,10 @@ class Refused(PapaoursAuthError):
         self.needs = needs
         self.retry_after = retry_after
 
+    def copy(self) -> Refused:
+        """Return the same refusal without the traceback and context of this one."""
+        return Refused(self.reason, known=self.known, needs=self.needs, retry_after=self.retry_after)
+
 
 class UnreadableRecord(StoreUnavailable):
     """The store answers, but one record makes no sense: that key meets 503, and others are not affected."""

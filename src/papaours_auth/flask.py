@@ -7,7 +7,7 @@
     @auth.required("contrats:lecture")
     def contrats() -> ...
 
-Every path is guarded but the exempt ones. ``protect=[]`` guards none: then `required` alone asks for a key.
+Every path is guarded but the exempt ones. With ``everywhere=False`` none is: then `required` alone asks for a key.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import ParamSpec, TypeVar, Unpack
 
 from flask import Flask, Response, current_app, request
 
-from ._middleware import MiddlewareOptions
+from ._middleware import REFUSAL, MiddlewareOptions, authorized, known, vouched
 from .authenticator import Authenticator
-from .exceptions import Reason, Refused
+from .exceptions import Refused
 from .http import render
-from .model import Identity, parse_right
+from .model import UNSET, Identity, Unset, parse_right
 from .stores import Store
 from .usage import Recorder
 from .wsgi import REFUSED, PapaoursAuthMiddleware, identity_of
 
-__all__ = ["PapaoursAuth", "identity"]
+__all__ = ["PapaoursAuth", "identity", "require"]
 
 _EXTENSION = "papaours-auth"
 _P = ParamSpec("_P")
@@ -71,7 +71,7 @@ class PapaoursAuth:
         app.after_request(_mark_private)
 
     def required(
-        self, *rights: str, organisation: str | None = None
+        self, *rights: str, organisation: str | Unset = UNSET
     ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
         """Let only callers with all these rights reach a view. Raises `InvalidInput` at once for what is none."""
         wanted = tuple(parse_right(right) for right in rights)
@@ -80,8 +80,8 @@ class PapaoursAuth:
             @wraps(view)
             def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
                 caller = identity()
-                if not all(caller.allows(right, organisation) for right in wanted):
-                    raise Refused(Reason.INSUFFICIENT_RIGHTS, known=caller, needs=wanted)
+                if wanted:
+                    authorized(caller, wanted, organisation)
                 return view(*args, **kwargs)
 
             return guarded
@@ -89,15 +89,21 @@ class PapaoursAuth:
         return decorate
 
 
+def require(*rights: str, organisation: str | Unset = UNSET) -> Identity:
+    """Return who calls if they have all these rights. See `papaours_auth.wsgi.require`."""
+    return authorized(identity(), rights, organisation)
+
+
 def identity() -> Identity:
-    """Give who calls in this request. Raises `Refused` where it came without a key."""
-    found = identity_of(request.environ)
-    if found is None:
-        guard: PapaoursAuthMiddleware = current_app.extensions[_EXTENSION]
-        found = request.environ["papaours.identity"] = guard.identify(request.environ)
-    if found is None:
-        raise Refused(Reason.MISSING_KEY)
-    return found
+    """Return who calls in this request. Raises `Refused` where it came without a valid key."""
+    guard: PapaoursAuthMiddleware = current_app.extensions[_EXTENSION]
+    environ = request.environ
+    # An app mounted in another one may have a guard of its own.
+    found = vouched(identity_of(environ), guard.authenticator)
+    if found is None and environ.get(REFUSAL) is None:
+        found = guard.identify(environ)
+    environ["papaours.identity"] = found
+    return known(found, environ.get(REFUSAL))
 
 
 def _mark_private(response: Response) -> Response:

@@ -258,7 +258,7 @@ def _plain(path: str) -> bool:
 class Paths:
     """Some paths: exact ones, and whole folders written ``/public/*``.
 
-    Raises `ConfigurationError` for a pattern that no path could ever match.
+    Raises `ConfigurationError` for a pattern that no path could ever match; ``option`` is named in it.
     """
 
     def __init__(self, option: str, patterns: Iterable[str]) -> None:
@@ -314,10 +314,12 @@ def _hop(text: str) -> Address | None:
 class Gate:
     """What a middleware is set to: which requests need a key, and whose word on addresses counts.
 
-    - ``exempt`` or ``protect``: paths that need no key, or the only ones that do. They are the application's
-      own (``root_path`` or ``SCRIPT_NAME`` taken off), decoded, and never built from ``Host``. A path that could
-      be read in two ways (``//``, ``..``) always needs a key.
+    - ``exempt``: paths that need no key. They are the application's own (``root_path`` or ``SCRIPT_NAME`` taken
+      off), decoded, and never built from ``Host``. A path that could be read in two ways (``//``, ``..``) always
+      needs a key.
     - ``required=False``: a request without any key passes as anonymous; a bad key, or an outage, never does.
+    - ``everywhere=False``: the guard finds out who calls and refuses nobody. The routes say what they need
+      (``require``, or the framework's own way), and there a caller is refused for what the guard found.
     - ``preflight``: ``"pass"`` lets CORS preflight requests (OPTIONS with Origin and
       Access-Control-Request-Method, which browsers send without credentials) through to the app;
       ``"refuse"``, the default, treats them like any other request.
@@ -329,28 +331,30 @@ class Gate:
         self,
         *,
         exempt: Sequence[str] | None = None,
-        protect: Sequence[str] | None = None,
         required: bool = True,
+        everywhere: bool = True,
         preflight: Literal["refuse", "pass"] = "refuse",
         trusted_proxies: Sequence[str] = (),
     ) -> None:
-        if exempt is not None and protect is not None:
-            raise ConfigurationError("exempt and protect cannot both be given: say one, the other follows")
-        for option, value in (("exempt", exempt), ("protect", protect), ("trusted_proxies", trusted_proxies)):
+        if not everywhere and (exempt is not None or not required or preflight != "refuse"):
+            raise ConfigurationError(
+                "everywhere=False refuses nobody: exempt, required=False and preflight have nothing to add to it"
+            )
+        for option, value in (("exempt", exempt), ("trusted_proxies", trusted_proxies)):
             if isinstance(value, str):
                 raise ConfigurationError(f"{option} is a list, as in [{value!r}]")
         if preflight not in ("refuse", "pass"):
             raise ConfigurationError("preflight is 'refuse' or 'pass'")
         self.required = required
+        self.everywhere = everywhere
         self.passes_preflight = preflight == "pass"
         self._exempt = Paths("exempt", exempt) if exempt is not None else None
-        self._protect = Paths("protect", protect) if protect is not None else None
         self._proxies = _proxies(trusted_proxies) if trusted_proxies else None
 
     @property
     def everything(self) -> bool:
-        """Whether every path needs a key, so that none need be looked at."""
-        return self._exempt is None and self._protect is None
+        """Whether all paths are treated alike, so that none need be looked at."""
+        return self._exempt is None
 
     @property
     def believes_proxies(self) -> bool:
@@ -360,11 +364,7 @@ class Gate:
     def guards(self, path: str) -> bool:
         """Tell whether a path needs a key."""
         path = path or "/"
-        if self.everything or not _plain(path):
-            return True
-        if self._exempt is not None:
-            return path not in self._exempt
-        return self._protect is not None and path in self._protect
+        return self._exempt is None or not _plain(path) or path not in self._exempt
 
     def client(self, peer: str, forwarded_for: bytes | None) -> str | None:
         """Give the client's address: the peer's, or the last one before the proxies that are trusted.

@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import Enum
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import Final, Literal, NamedTuple, TypeAlias
@@ -22,6 +23,18 @@ Address: TypeAlias = IPv4Address | IPv6Address
 OPERATIONS: Final = ("lecture", "écriture", "suppression", "archivage")
 EVERYWHERE: Final = "*"
 """In a grant's organisations or perimeter: all of them."""
+
+
+class Unset(Enum):
+    """An argument that was left out. ``None`` may be a value that the caller failed to find."""
+
+    UNSET = "unset"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+UNSET: Final = Unset.UNSET
 
 _FOLDED: Final = {"ecriture": "écriture"}  # typed without its accent on many keyboards
 
@@ -174,21 +187,31 @@ class Identity:
     rights: frozenset[str]
     stale: bool = False
     """Given from the cache during an outage (``on_outage="serve_cached"``), older than ``max_staleness``."""
+    vouched_by: str = field(default="", repr=False, compare=False)
+    """The ``id`` of the authenticator that verified the key; empty for an identity made by hand.
+
+    A guard uses an identity that another guard found only if both have the same authenticator.
+    """
 
     @classmethod
-    def of(cls, key: Key, machine: Machine) -> Identity:
+    def of(cls, key: Key, machine: Machine, *, vouched_by: str = "") -> Identity:
         """Make the identity that a key of this machine proves."""
         info = KeyInfo(key.id, key.name, key.environment, key.usage, key.expires_at)
-        return cls(info, *machine.seen)
+        return cls(info, *machine.seen, vouched_by=vouched_by)
 
-    def allows(self, right: str, organisation: str | None = None) -> bool:
-        """Tell whether the machine has a right, on an organisation's data where one is named.
+    def allows(self, right: str, organisation: str | Unset = UNSET) -> bool:
+        """Return whether the machine has a right: on this organisation's data, or on any if none is named.
 
-        Raises `InvalidInput` for a right that is not ``"<permission>:<operation>"``: it could never match.
+        Raises `InvalidInput` for a right that is not ``"<permission>:<operation>"``, and for an organisation that is
+        ``None`` or empty: the app failed to find out which one is meant, and must not be told "on any".
         """
         wanted = parse_right(right)
-        if organisation is None:
+        if organisation is UNSET:
             return wanted in self.rights
+        if not organisation:
+            raise InvalidInput(
+                "organisation is None or empty: name the one whose data is asked for, or leave the argument out"
+            )
         return any(grant.right == wanted and grant.covers(organisation) for grant in self.grants)
 
     @property

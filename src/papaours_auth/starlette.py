@@ -18,33 +18,23 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import ExceptionHandler, Receive, Scope, Send
 
-from .asgi import REFUSED, PapaoursAuthMiddleware, identity_of, respond
-from .exceptions import Reason, Refused
+from . import asgi
+from .asgi import REFUSED, PapaoursAuthMiddleware, respond
+from .exceptions import Refused
 from .http import render
-from .model import Identity, parse_right
+from .model import UNSET, Identity, Unset
 
 __all__ = ["PapaoursAuthMiddleware", "exception_handlers", "identity", "refuse", "require"]
 
 
 def identity(connection: HTTPConnection) -> Identity:
-    """Give who calls. Raises `Refused` on an anonymous request."""
-    found = identity_of(connection.scope)
-    if found is None:
-        raise Refused(Reason.MISSING_KEY)
-    return found
+    """Return who calls. Raises `Refused` on an anonymous request."""
+    return asgi.identity(connection.scope)
 
 
-def require(connection: HTTPConnection, *rights: str, organisation: str | None = None) -> Identity:
-    """Give who calls if they have all these rights, on an organisation's data where one is named.
-
-    Raises `Refused` otherwise, and `InvalidInput` for a right that is none.
-    """
-    caller = identity(connection)
-    if not all(caller.allows(right, organisation) for right in rights):
-        raise Refused(
-            Reason.INSUFFICIENT_RIGHTS, known=caller, needs=tuple(parse_right(right) for right in rights)
-        )
-    return caller
+def require(connection: HTTPConnection, *rights: str, organisation: str | Unset = UNSET) -> Identity:
+    """Return who calls if they have all these rights. See `papaours_auth.asgi.require`."""
+    return asgi.require(connection.scope, *rights, organisation=organisation)
 
 
 async def refuse(connection: HTTPConnection, refused: Exception) -> Response:

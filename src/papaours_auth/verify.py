@@ -14,9 +14,9 @@ from hmac import compare_digest
 from typing import Final, NamedTuple, Protocol
 
 from .digest import Candidate, PepperRing
-from .exceptions import Reason, Refused
+from .exceptions import InvalidInput, Reason, Refused
 from .format import KeyFormat
-from .model import Address, Identity, Network, Record, parse_address, parse_right
+from .model import UNSET, Address, Identity, Network, Record, Unset, parse_address, parse_right
 
 PARTITIONS: Final = 16
 """Stores that cannot change everything in one step keep keys in this many parts."""
@@ -77,8 +77,13 @@ def partition(presented: bytes) -> int:
     return zlib.crc32(presented) % PARTITIONS
 
 
-def stand(claim: Claim, record: Record | None, *, now: datetime, environment: str) -> Standing:
-    """Judge a record for a claim, whatever the request. ``now`` is aware; at ``expires_at`` a key is expired."""
+def stand(
+    claim: Claim, record: Record | None, *, now: datetime, environment: str, vouched_by: str = ""
+) -> Standing:
+    """Judge a record for a claim, whatever the request. ``now`` is aware; at ``expires_at`` a key is expired.
+
+    ``vouched_by`` is the id of the authenticator that asks, for `Identity.vouched_by`.
+    """
     # Compared again although the store found it by digest: a store may compare loosely (a collation that
     # ignores case), and this comparison takes the same time wherever the bytes differ.
     same = False
@@ -97,13 +102,17 @@ def stand(claim: Claim, record: Record | None, *, now: datetime, environment: st
         reason = Reason.KEY_EXPIRED
     elif machine.status != "active":
         reason = Reason.MACHINE_INACTIVE
-    return Standing(Identity.of(key, machine), reason, key.networks, key.expires_at)
+    identity = Identity.of(key, machine, vouched_by=vouched_by)
+    return Standing(identity, reason, key.networks, key.expires_at)
 
 
 def admit(
-    standing: Judged, *, client: str | Address | None, needs: str | Sequence[str]
+    standing: Judged, *, client: str | Address | None, needs: str | Sequence[str] | None
 ) -> Identity | Refused:
-    """Judge a request by a key of this standing. An address that is needed and not known is refused."""
+    """Judge a request by a key of this standing. An address that is needed and not known is refused.
+
+    ``needs`` are the rights that the request takes, None if it takes none. Raises `InvalidInput` as `authorize` does.
+    """
     identity, reason = standing.identity, standing.reason
     if identity is None or reason is not None:
         return Refused(reason or Reason.UNKNOWN_KEY, known=identity)
@@ -111,11 +120,22 @@ def admit(
         address = parse_address(client) if isinstance(client, str) else client
         if address is None or not any(address in network for network in standing.networks):
             return Refused(Reason.NETWORK_NOT_ALLOWED, known=identity)
-    if needs:
-        wanted = tuple(parse_right(need) for need in ((needs,) if isinstance(needs, str) else needs))
-        if not identity.rights.issuperset(wanted):
-            return Refused(Reason.INSUFFICIENT_RIGHTS, known=identity, needs=wanted)
-    return identity
+    return identity if needs is None else authorize(identity, needs)
+
+
+def authorize(
+    identity: Identity, rights: str | Sequence[str], organisation: str | Unset = UNSET
+) -> Identity | Refused:
+    """Judge whether a caller has all these rights: on this organisation's data, or on any if none is named.
+
+    Raises `InvalidInput` if no right is named, for a right that is not ``"<permission>:<operation>"``, and for an
+    organisation that is ``None`` or empty. None of them may mean "anything goes".
+    """
+    wanted = tuple(parse_right(right) for right in ((rights,) if isinstance(rights, str) else rights))
+    if not wanted:
+        raise InvalidInput("no right is named: name at least one, as in 'contrats:lecture'")
+    lacking = [right for right in wanted if not identity.allows(right, organisation)]
+    return Refused(Reason.INSUFFICIENT_RIGHTS, known=identity, needs=wanted) if lacking else identity
 
 
 def decide(
@@ -125,7 +145,7 @@ def decide(
     now: datetime,
     environment: str,
     client: str | Address | None = None,
-    needs: str | Sequence[str] = (),
+    needs: str | Sequence[str] | None = None,
 ) -> Identity | Refused:
     """Judge a claim and the record found for it: the whole decision in one call."""
     return admit(stand(claim, record, now=now, environment=environment), client=client, needs=needs)

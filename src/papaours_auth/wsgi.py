@@ -9,11 +9,21 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Final, Unpack
 
-from ._middleware import MiddlewareOptions, needed, recordable, recorder_for, split_options, store_url
+from ._middleware import (
+    REFUSAL,
+    MiddlewareOptions,
+    authorized,
+    known,
+    needed,
+    recordable,
+    recorder_for,
+    split_options,
+    store_url,
+)
 from .authenticator import Authenticator
 from .exceptions import ConfigurationError, Reason, Refused, StoreUnavailable
 from .http import Gate, credentials, render
-from .model import Identity
+from .model import UNSET, Identity, Unset
 from .stores import Store
 from .usage import Call, Outcome, Recorder, begin_call
 
@@ -119,13 +129,16 @@ class PapaoursAuthMiddleware(Guard):
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Guard one request (PEP 3333)."""
-        environ["papaours.identity"] = None
+        environ["papaours.identity"] = environ[REFUSAL] = None  # not those of a guard further out
         if not self.gate.everything and not self.gate.guards(_path(environ)):
             return self.app(environ, start_response)
         try:
             identity = environ["papaours.identity"] = self.identify(environ)
         except Refused as refused:
-            return self._refuse(refused, environ, start_response)
+            if self.gate.everywhere:
+                return self._refuse(refused, environ, start_response)
+            environ[REFUSAL] = refused.copy()
+            identity = None
         if identity is None:
             return self.app(environ, start_response)
         if self.recorder is None:
@@ -226,6 +239,20 @@ def identity_of(environ: WSGIEnvironment) -> Identity | None:
     """Give the identity a middleware found, or None on an anonymous request."""
     identity = environ.get("papaours.identity")
     return identity if isinstance(identity, Identity) else None
+
+
+def identity(environ: WSGIEnvironment) -> Identity:
+    """Return who calls. Raises `Refused` if it came without a valid key; the middleware answers it."""
+    return known(identity_of(environ), environ.get(REFUSAL))
+
+
+def require(environ: WSGIEnvironment, *rights: str, organisation: str | Unset = UNSET) -> Identity:
+    """Return who calls if they have all these rights: on this organisation's data, or on any if none is named.
+
+    Raises `Refused`, which the middleware answers, and `InvalidInput` for no right, a right that is none, or an
+    organisation that is ``None`` or empty.
+    """
+    return authorized(identity(environ), rights, organisation)
 
 
 def route_of(environ: WSGIEnvironment) -> str:
