@@ -102,7 +102,10 @@ class OwnEngine(StoreContract):
         return store
 
     def open_async(self) -> AsyncStore:
-        return Closing(create_async_engine(self.async_url), self.engine, prefix="auth_", schema=self.schema)
+        engine = create_async_engine(self.async_url)
+        return Closing(
+            engine, self.engine, prefix="auth_", schema=self.schema, timeout=10.0
+        )  # machines are busy
 
 
 class Closing(AsyncSQLStore):

@@ -187,7 +187,7 @@ def _whole(server: RedisServer) -> bool:
 def redis_sentinel(binary: str, folder: Path) -> Iterator[tuple[RedisServer, RedisServer, RedisServer]]:
     """Run a primary, a replica of it, and a Sentinel that calls them ``keys``."""
     with redis_server(binary, folder / "primary", "--repl-diskless-sync-delay", "0") as primary:
-        following = ("--replicaof", f"{HOST} {primary.port}")
+        following = ("--replicaof", HOST, str(primary.port))  # 6.2 takes no two words as one
         with redis_server(binary, folder / "replica", *following) as replica:
             wait_until(lambda: _follows(replica), START_SECONDS, what="the replica to follow")
             watching = folder / "sentinel"

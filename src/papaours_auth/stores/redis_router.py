@@ -12,16 +12,10 @@ from hashlib import sha1
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
-from redis.exceptions import (
-    AskError,
-    MovedError,
-    NoPermissionError,
-    NoScriptError,
-    ReadOnlyError,
-    ResponseError,
-)
+from redis.exceptions import AskError, MovedError, NoScriptError, ResponseError
 
 from ..exceptions import StoreUnavailable
+from .redis_errors import REPLICA, kind_of, meaning_of
 from .redis_place import Node, Place
 
 _T = TypeVar("_T")
@@ -127,7 +121,7 @@ class Router:
                 if not asking:
                     self.forget()
             else:
-                if isinstance(problem, ReadOnlyError):
+                if kind_of(problem) in REPLICA:
                     self.forget()
                 raise refused(problem) from problem
         raise StoreUnavailable("Redis keeps sending us to another node")
@@ -236,11 +230,5 @@ def _text(value: bytes | str) -> str:
 
 
 def refused(error: ResponseError) -> Refusal:
-    """Say what an error reply means. Its text is not quoted: it may hold words of the command."""
-    if isinstance(error, NoPermissionError):
-        return Refusal("the Redis user lacks a permission: compare it with docs/stores/redis.md")
-    if isinstance(error, ReadOnlyError):
-        return Refusal("the Redis server asked is a replica now")
-    word = str(error).partition(" ")[0]
-    kind = word if word.isupper() and word.isalpha() else type(error).__name__
-    return Refusal(f"Redis refuses with {kind}")
+    """Return what an error reply means, as an outage."""
+    return Refusal(meaning_of(error))
