@@ -19,9 +19,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-
 from .exceptions import ConfigurationError
 
 if TYPE_CHECKING:
@@ -50,9 +47,23 @@ class Candidate(NamedTuple):
         return f"Candidate({self.pepper_id!r}, {self.algorithm!r})"
 
 
+def hkdf_sha256(secret: bytes, info: bytes, length: int = 32, *, salt: bytes = b"") -> bytes:
+    """Derive a key from a secret: HKDF-SHA256 (RFC 5869). ``info`` says what the key is for.
+
+    Written here because `cryptography` can be imported in one interpreter of a process only, and mod_wsgi runs each
+    site in an interpreter of its own. Raises `ValueError` for a length outside 1 to 8160 bytes.
+    """
+    if not 0 < length <= 255 * 32:
+        raise ValueError("HKDF-SHA256 derives 1 to 8160 bytes")
+    key = hmac.digest(salt, secret, "sha256")  # HMAC pads an empty salt to the zeros that RFC 5869 asks for
+    blocks = [b""]
+    for number in range(1, -(-length // 32) + 1):
+        blocks.append(hmac.digest(key, blocks[-1] + info + bytes((number,)), "sha256"))
+    return b"".join(blocks)[:length]
+
+
 def _subkey(pepper: bytes, use: str) -> bytes:
-    info = f"papaours-auth/v1/{use}".encode("ascii")
-    return HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(pepper)
+    return hkdf_sha256(pepper, f"papaours-auth/v1/{use}".encode("ascii"))
 
 
 class _Begun(NamedTuple):
