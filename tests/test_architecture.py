@@ -34,6 +34,7 @@ LAYERS = [
         "stores/redis.py",
         "stores/redis_feed.py",
         "stores/redis_layout.py",
+        "stores/redis_errors.py",
         "stores/redis_place.py",
         "stores/redis_questions.py",
         "stores/redis_router.py",
@@ -102,7 +103,12 @@ LAYERS = [
         "__main__.py",
     },
 ]
-CARRIERS = ["stores/redis_place.py", "stores/redis_router.py", "stores/redis_wire.py"]
+CARRIERS = [
+    "stores/redis_errors.py",
+    "stores/redis_place.py",
+    "stores/redis_router.py",
+    "stores/redis_wire.py",
+]
 RENDERERS = ["asgi.py", "wsgi.py", "starlette.py", "fastapi.py", "flask.py", "_middleware.py"]
 
 
