@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import string
+import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -287,3 +289,89 @@ def test_a_format_that_no_key_could_have_stops_at_start(format: object, said: st
 def test_what_could_not_be_read_is_not_minted(environment: str, usage: str, said: str) -> None:
     with pytest.raises(InvalidInput, match=said):
         FORMAT.mint(environment, usage=usage, tag=PEPPER.tag)
+
+
+GLUE = [
+    "{}", "key={}", '"{}"', "«{}»", "https://api.example/v1?key={}&page=2", "Facturation{}", "{}Facturation",
+    "x{}x", "_{}_", "-{}-", "Facturation\u00a0{}", "Facturation\u200b{}", "{}\u2060", "\ufeff{}", "clé :{}.",
+    "Bearer%20{}", "key%3D{}",
+]  # fmt: skip
+"""What people paste a key into."""
+
+
+def _upper(key: str) -> str:
+    return key.upper()
+
+
+def _full_width(key: str) -> str:
+    return "".join(chr(ord(c) + 0xFEE0) for c in key)
+
+
+def _zero_width(key: str) -> str:
+    return "\u200b".join(key)
+
+
+def _accented(key: str) -> str:
+    return "".join(f"{c}\u0301" for c in key)
+
+
+def _escaped(key: str) -> str:
+    return key.replace("_", "\\_")  # as Markdown wants it
+
+
+def _percent(key: str) -> str:
+    return "".join(f"%{ord(c):02x}" for c in key)
+
+
+def _broken(key: str) -> str:
+    return f"{key[:12]}\u00a0{key[12:20]} {key[20:]}"
+
+
+DRESSES = [str, _upper, _full_width, _zero_width, _accented, _escaped, _percent, _broken]
+
+
+@given(
+    st.one_of(minted, st.just("pk_prod_abc123def456ghi789"), st.just("pk_recette_export_" + "a" * 12)),
+    st.sampled_from(GLUE),
+    st.sampled_from(DRESSES),
+    st.text(max_size=20),
+    st.text(max_size=20),
+)
+def test_pitfall_56_a_key_is_found_in_a_text_however_it_is_glued_in(
+    key: str, glue: str, dress: Callable[[str], str], before: str, after: str
+) -> None:
+    text = before + glue.format(dress(key)) + after
+    assert FORMAT.found_in(text)
+    assert OURS.found_in(text)
+
+
+@given(st.text(string.ascii_letters + string.digits + " :,.;/-éè&?", max_size=100))
+def test_a_text_without_underscores_holds_no_key(text: str) -> None:
+    assert not FORMAT.found_in(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "pk_", "pk_prod_", "pk_prod_…x7Qz", "Remplace pk_prod_export_…x7Qz",
+        "Production - Service Facturation v2",
+        "/contrats/{contrat_id}/lignes_de_facture", "/backup_files_of_yesterday", "pk_prod_abc123",
+        "sk_prod_" + "a" * 36,
+        "Clé pk_prod_ : voir le coffre", "0" * 40, "%", "%zz", "{pk_id}",
+    ],
+)  # fmt: skip
+def test_what_holds_no_key_is_left_alone(text: str) -> None:
+    assert not FORMAT.found_in(text)
+
+
+@given(minted)
+def test_the_printable_form_is_no_key(key: str) -> None:
+    text = FORMAT.read(key.encode())
+    assert text is not None
+    assert not FORMAT.found_in(FORMAT.printable(text.environment, "export", text.last4))
+
+
+def test_a_long_text_is_searched_in_linear_time() -> None:
+    began = time.process_time()
+    assert not FORMAT.found_in("pk_prod_" * 50_000)
+    assert time.process_time() - began < 5

@@ -25,6 +25,7 @@ from papaours_auth import (
 )
 from papaours_auth.digest import new_pepper
 from papaours_auth.stores import Store
+from papaours_auth.stores.memory import MemoryStore
 
 if TYPE_CHECKING:
     from conftest import ManualClock
@@ -121,24 +122,103 @@ LABELS = {
     "a\nb": "cannot be shown",
     "a\x1b[31mb": "cannot be shown",
     f"Production {SEED}": "contains a key",
+    f"key={SEED}": "contains a key",
+    f"https://api.example/v1?key={SEED}&page=2": "contains a key",
+    f'"{SEED}"': "contains a key",
+    f"x{SEED}x": "contains a key",
+    SEED.upper(): "contains a key",
+    "".join(chr(ord(c) + 0xFEE0) for c in SEED): "contains a key",
+    SEED.replace("_", r"\_"): "contains a key",
+    f"{SEED[:11]} {SEED[11:]}": "contains a key",
+    f"\u200b{SEED}": "cannot be shown",
 }
 
 
 @pytest.mark.parametrize(("label", "said"), LABELS.items())
 def test_a_label_that_people_could_not_read_is_refused(
-    keys: Keys, machine: str, label: str, said: str
+    keys: Keys, store: Store, machine: str, label: str, said: str
 ) -> None:
+    kept = keys.create_key(machine, name="Production", environment="prod").key
     calls: list[Callable[[], object]] = [
         lambda: keys.create_machine(label, organisation=HOME),
         lambda: keys.create_machine("m", organisation=label),
+        lambda: keys.create_machine("m", organisation=HOME, grants=[Grant("x", "lecture", (label,), ("*",))]),
+        lambda: keys.create_machine("m", organisation=HOME, grants=[Grant("x", "lecture", ("*",), (label,))]),
         lambda: keys.create_key(machine, name=label, environment="prod"),
         lambda: keys.import_key(machine, SEED, name=label),
+        lambda: keys.rename_key(kept.id, label),
+        lambda: Keys(store, actor=label),
+        *((lambda: keys.rotate_key(kept.id, name=label),) if label else ()),
+        *((lambda: keys.create_machine("m", organisation=HOME, description=label),) if label.strip() else ()),
     ]
     for call in calls:
         with pytest.raises(InvalidInput, match=said):
             call()
     assert len(keys.machines()) == 1
+    assert keys.keys() == [kept]
+
+
+def test_pitfall_56_rights_usage_and_peppers_hold_no_key_either(
+    keys: Keys, store: Store, machine: str
+) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: keys.create_machine("m", organisation=HOME, rights=[f"{SEED}:lecture"]),
+        lambda: keys.create_machine("m", organisation=HOME, rights=[f"contrats:lecture@org-a,x{SEED}"]),
+        lambda: keys.create_machine(
+            "m", organisation=HOME, grants=[Grant(f"x{SEED}", "lecture", (), ("*",))]
+        ),
+        lambda: keys.create_key(machine, name="Production", environment="prod", usage=SEED),
+        lambda: keys.create_key(machine, name="Production", environment="prod", usage=f"export_{SEED}_x"),
+        lambda: keys.import_key(machine, f"pk_prod_{SEED}_abc123def456ghi789", name="Production"),
+        lambda: Keys(MemoryStore(), peppers=parse_peppers(new_pepper().replace("p1:", f"{SEED}:"))),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidInput, match="contains a key") as error:
+            call()
+        assert SEED not in str(error.value)
+    assert len(keys.machines()) == 1
     assert keys.keys() == []
+
+
+STARS = ["*", " * ", "**", "cfa-*", "\uff0a", "a,b", "a@b", "\uff0c"]
+
+
+@pytest.mark.parametrize("name", STARS)
+def test_pitfall_56_no_organisation_is_called_by_what_rights_are_written_with(keys: Keys, name: str) -> None:
+    """A machine at home in ``*`` had rights on all organisations by ``contrats:lecture`` alone."""
+    with pytest.raises(InvalidInput, match="organisation"):
+        keys.create_machine("Portail", organisation=name, rights=["contrats:lecture"])
+    assert keys.machines() == []
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        "contrats:lecture@", "contrats:lecture@,", "contrats:lecture@ ", "contrats:lecture@a,", "contrats:lecture@,a",
+        "contrats:lecture@a,,b", "contrats:lecture@*,a", "contrats:lecture@a,*", "contrats:lecture@**",
+        "contrats:lecture@a*", "contrats:lecture@\uff0a", "contrats:lecture@a@b", "contrats@a:lecture", "*:lecture",
+        "con,trats:lecture", "@*", "contrats:lecture@@*", "contrats:lecture@a\nb", "contrats:lecture@a\u200b",
+    ],
+)  # fmt: skip
+def test_a_right_that_can_be_read_in_two_ways_is_refused(keys: Keys, right: str) -> None:
+    with pytest.raises(InvalidInput):
+        keys.create_machine("Portail", organisation=HOME, rights=[right])
+    assert keys.machines() == []
+
+
+def test_blanks_around_the_organisations_of_a_right_are_no_part_of_them(keys: Keys) -> None:
+    machine = keys.create_machine("Portail", organisation=HOME, rights=["contrats:lecture@ org-a , org-b "])
+    assert machine.grants[0].organisations == ("org-a", "org-b")
+
+
+def test_pitfall_56_no_name_looks_like_an_id(keys: Keys, machine: str) -> None:
+    """Whoever types an id must not reach what somebody called so."""
+    key = keys.create_key(machine, name="Production", environment="prod").key
+    for name in (machine, key.id, f" {key.id} ", key.id.upper()):
+        with pytest.raises(InvalidInput, match="reads like an id"):
+            keys.create_machine(name, organisation=HOME)
+        with pytest.raises(InvalidInput, match="reads like an id"):
+            keys.rename_key(key.id, name)
 
 
 def test_rights_are_shorthand_for_grants(keys: Keys) -> None:

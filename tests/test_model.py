@@ -34,7 +34,19 @@ def test_a_right_has_one_spelling(text: str, spelling: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "contrats", "contrats:", ":lecture", "contrats:read", "a b:lecture", "a:b:lecture"]
+    "text",
+    [
+        "",
+        "contrats",
+        "contrats:",
+        ":lecture",
+        "contrats:read",
+        "a b:lecture",
+        "a:b:lecture",
+        "*:lecture",
+        "a@b:lecture",
+        "a,b:lecture",
+    ],
 )
 def test_what_is_no_right_is_told(text: str) -> None:
     with pytest.raises(InvalidInput, match="right"):
@@ -48,6 +60,18 @@ def test_a_grant_counts_only_while_home_is_inside_its_perimeter() -> None:
     assert not moved.allows("contrats:lecture")
     assert moved.grants == ()
     assert identity(Grant("contrats", "lecture", (), ())).rights == frozenset()
+
+
+def test_pitfall_56_a_machine_at_home_in_a_star_has_no_rights_whatever_a_store_says() -> None:
+    """A star is a mark of grants, never a name: such a record gave rights on every organisation."""
+    caller = identity(
+        Grant("contrats", "lecture", ("*",), ("*",)),
+        Grant("contrats", "lecture", ("*",), ("cfa-lyon", "*")),
+        organisation="*",
+    )
+    assert caller.rights == frozenset()
+    assert not caller.allows("contrats:lecture", "cfa-lyon")
+    assert not caller.allows("contrats:lecture", "*")
 
 
 def test_a_right_reaches_the_organisations_of_its_grant_and_no_others() -> None:

@@ -127,8 +127,8 @@ def wsgi_calls(house: House, kept: Kept, calls: list[tuple[str, str]]) -> None:
     )
     for path, key in calls:
         environ = {
-            "REQUEST_METHOD": "GET", "PATH_INFO": path, "HTTP_X_API_KEY": key, "REMOTE_ADDR": "192.0.2.7",
-            "HTTP_X_REQUEST_ID": "r-1",
+            "REQUEST_METHOD": "GET", "PATH_INFO": path.encode().decode("latin-1"), "HTTP_X_API_KEY": key,
+            "REMOTE_ADDR": "192.0.2.7", "HTTP_X_REQUEST_ID": "r-1",
         }  # fmt: skip
         body: Any = None
         try:
@@ -242,3 +242,25 @@ def test_pitfall_28_no_key_is_recorded(
     for key in (house.good, house.disabled):
         assert key.encode() not in everything
         assert key not in caplog.text
+
+
+@DOORS
+def test_pitfall_56_a_key_in_a_route_is_hidden_however_it_is_glued_in(
+    house: House, kept: Kept, calls: Any
+) -> None:
+    key = house.good
+    paths = [
+        f"/x{key}x", f"/{key.upper()}", f"/{key.replace('_', chr(92) + '_')}", f"/{'a' * 240}/{key}",
+        f"/{chr(0x200B).join(key)}",
+        "/" + "".join(chr(ord(c) + 0xFEE0) for c in key), f"/{key.replace('pk_prod', 'pk_recette')}",
+        "/" + "".join(f"%{ord(c):02x}" for c in key),
+    ]  # fmt: skip
+    calls(house, kept, [(path, key) for path in paths])
+    assert [event.route for event in kept.events()] == ["(hidden: it looks like a key)"] * len(paths)
+
+
+@DOORS
+def test_a_route_that_holds_no_key_is_recorded_as_it_is(house: House, kept: Kept, calls: Any) -> None:
+    paths = ["/contrats/{pk_id}", "/lignes_de_facture", "/backup_list", f"/pk_prod_…{house.good[-4:]}"]
+    calls(house, kept, [(path, house.good) for path in paths])
+    assert [event.route for event in kept.events()] == paths

@@ -623,3 +623,17 @@ def test_a_damaged_outcome_leaves_the_rest_of_the_event(tmp_path: Path) -> None:
     event = event_of("e", b"\xff" * 8, body_of(begin_call(CALLER, "192.0.2.7", "GET"), 0.0, ""))
     assert event is not None
     assert (event.status, event.outcome, event.key_id) == (0, "started", "key-1")
+
+
+def test_pitfall_56_a_service_is_not_called_by_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "pk_prod_abc123def456ghi789",
+        "facturation:pk_prod_abc123def456ghi789",
+        "pk\\_prod\\_abc123def456",
+    ):
+        with pytest.raises(ConfigurationError, match="contains a key"):
+            Recorder(CallableSink(lambda batch: None), service=name)
+        monkeypatch.setenv("PAPAOURS_SERVICE", name)
+        with pytest.raises(ConfigurationError, match="contains a key") as error:
+            Recorder(CallableSink(lambda batch: None))
+        assert "abc123" not in str(error.value)

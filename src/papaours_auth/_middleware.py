@@ -8,6 +8,7 @@ from typing import Final, Literal, TypedDict
 
 from .authenticator import AsyncAuthenticator, Authenticator, Options
 from .exceptions import ConfigurationError, Reason, Refused
+from .format import MAX_LENGTH, KeyFormat
 from .model import Identity, Unset
 from .throttle import Throttle
 from .usage import Recorder
@@ -62,10 +63,14 @@ def recorder_for(usage: Recorder | str | None) -> Recorder | None:
     return Recorder(usage) if isinstance(usage, str) else usage
 
 
-def recordable(text: str, mark: str) -> str:
-    """Give a text as it may be recorded: bounded, and hidden where somebody put a key into it (``mark``: pk_)."""
-    short = text[:LONGEST_ROUTE]  # what waits in memory is bounded too, not only what is kept
-    return _HIDDEN if mark in short else short
+def recordable(text: str, format: KeyFormat) -> str:  # noqa: A002 - the field's own word
+    """Return a text as it may be recorded: bounded, and hidden where somebody put a key into it.
+
+    A key that the bound would cut is found too: what is left of it would give most of it away.
+    """
+    if len(text) > LONGEST_ROUTE:
+        text = text[: LONGEST_ROUTE + 4 * MAX_LENGTH]  # a key's length, and room for its encoding
+    return _HIDDEN if format.found_in(text) else text[:LONGEST_ROUTE]
 
 
 def needed(environment: str | None) -> str:

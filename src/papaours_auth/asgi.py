@@ -78,8 +78,7 @@ class Guard:
             store if store is not None else store_url(), environment=needed(environment), **rest
         )
         self._owned = authenticator is None
-        self._mark = f"{self.authenticator.format.token}_"
-        self._token = self._mark.encode("ascii")
+        self._token = f"{self.authenticator.format.token}_".encode("ascii")
         self.recorder = recorder_for(usage)
 
     async def start(self) -> None:
@@ -204,12 +203,12 @@ class Guard:
         recorder.done(call, outcome)
 
     def _describe(self, call: Call, scope: Scope) -> None:
-        call.route = recordable(route_of(scope), self._mark)
+        call.route = recordable(route_of(scope), self.authenticator.format)
         if not call.reason and REFUSED in scope:
             call.reason = scope[REFUSED].reason.value
         for name, value in scope["headers"]:
             if name == b"x-request-id":
-                call.request_id = recordable(value.decode("latin-1"), self._mark)
+                call.request_id = recordable(value.decode("latin-1"), self.authenticator.format)
                 return
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 import secrets
+import unicodedata
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, NoReturn
+from urllib.parse import unquote
 
 from .exceptions import ConfigurationError, InvalidInput
 
@@ -21,6 +23,10 @@ MINTED_BODY: Final = 36
 _RANDOM, _TAG, _CHECKSUM = 24, 6, 6
 _VALUES: Final = bytes.maketrans(ALPHABET.encode("ascii"), bytes(range(62)))
 _SEGMENT: Final = re.compile(r"[a-z0-9]{1,32}", re.ASCII)
+_WORD: Final = re.compile(r"[0-9A-Za-z_]+")
+_BODY: Final = re.compile(r"[0-9A-Za-z]{12}")
+_NO_PART: Final = re.compile(r"[^!-~]|\\")
+"""What is no part of a key when it stands between a key's characters: blanks, controls, a Markdown escape."""
 DEFAULT_ENVIRONMENTS: Final = ("prod", "test", "dev", "staging")
 
 
@@ -110,6 +116,7 @@ class KeyFormat:
     environments: tuple[str, ...] = DEFAULT_ENVIRONMENTS
     foreign: bool = True
     _pattern: re.Pattern[str] = field(init=False, repr=False, compare=False)
+    _head: re.Pattern[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in (self.token, *self.environments):
@@ -124,6 +131,8 @@ class KeyFormat:
             re.ASCII,
         )
         object.__setattr__(self, "_pattern", pattern)
+        head = re.compile(rf"{self.token}_[a-z0-9]{{1,32}}_", re.ASCII | re.IGNORECASE)
+        object.__setattr__(self, "_head", head)
 
     def check_environment(self, environment: str) -> None:
         """Raise `ConfigurationError` unless keys of this format can carry the environment."""
@@ -174,6 +183,27 @@ class KeyFormat:
         tagged = head + base62(secrets.randbelow(62**_RANDOM), _RANDOM)
         checked = tagged + base62(tag(tagged.encode("ascii")), _TAG)
         return Secret(checked + base62(zlib.crc32(checked.encode("ascii")), _CHECKSUM))
+
+    def found_in(self, text: str) -> bool:
+        """Whether a text contains a key, or what would be read as one, anywhere.
+
+        Every label and everything recorded goes through here, so it errs on the safe side: any environment,
+        any checksum and either case count. It looks through full-width letters, accents, percent-encoding, and
+        blanks or invisible characters between the key's own. A key that was encoded (base64, say) is not found.
+        """
+        if "%" in text:
+            text = unquote(text)
+        if text.count("_") < 2 and text.isascii():
+            return False  # all that most routes and request ids cost
+        plain = _NO_PART.sub("", unicodedata.normalize("NFKD", text))
+        if f"{self.token}_" not in plain.lower():
+            return False
+        # Word by word, so that a long text takes linear time.
+        for word in _WORD.findall(plain):
+            head = self._head.search(word)
+            if head is not None and _BODY.search(word, head.end()):
+                return True
+        return False
 
     def printable(self, environment: str, usage: str, last4: str) -> str:
         """Name a key in logs and lists without giving it away: ``pk_prod_…x7Qz``."""

@@ -10,6 +10,7 @@ import asyncio
 import re
 import secrets
 import time
+import unicodedata
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -82,6 +83,7 @@ class Keys:
         description = self._store.describe()
         if not description.peppers:
             first = given.primary
+            _no_key("a pepper's id", first.id, self._format)
             record = PepperRecord(first.id, first.proof(description.installation), "primary")
             self._store.add_pepper(record, self._author())
             description = self._store.describe()
@@ -107,17 +109,20 @@ class Keys:
         ``"contrats:lecture@org-a,org-b"`` on those named (``@*``: on all), in force while it stays at home
         here. ``grants`` say everything. A ``system`` machine can never be changed again.
         """
-        organisation = _label("organisation", organisation, self._format)
+        organisation = _organisation(organisation, self._format)
         machine = Machine(
             id=f"machine_{secrets.token_hex(8)}",
-            name=_label("name", name, self._format),
+            name=_name(name, self._format),
             organisation=organisation,
             status="active",
             created_at=self._now(),
             created_by=self._actor,
             description=_label("description", description, self._format, empty=True),
             system=system,
-            grants=(*(_granted(text, organisation) for text in rights), *grants),
+            grants=tuple(
+                _checked(grant, self._format)
+                for grant in (*(_granted(text, organisation, self._format) for text in rights), *grants)
+            ),
         )
         self._store.add_machine(machine, self._author())
         return machine
@@ -231,10 +236,11 @@ class Keys:
             raise InvalidInput(
                 f"environment {environment!r} does not exist: use one of {', '.join(self._format.environments)}"
             )
+        _no_key("usage", usage, self._format)
         return Key(
             id=f"key_{secrets.token_hex(8)}",
             machine_id=machine.id,
-            name=_label("name", name, self._format),
+            name=_name(name, self._format),
             environment=environment,
             usage=usage,
             last4=secret.reveal()[-4:],
@@ -265,7 +271,7 @@ class Keys:
     def rename_key(self, id_or_name: str, name: str) -> Key:
         """Change a key's label, and nothing else."""
         key = self._changeable(id_or_name)
-        label = _label("name", name, self._format)
+        label = _name(name, self._format)
         return self._store.update_key(key.id, {"name": label}, "key.renamed", self._author())
 
     def disable_key(self, id_or_name: str) -> Key:
@@ -333,9 +339,39 @@ def _label(argument: str, text: str, format: KeyFormat, *, empty: bool = False) 
         raise InvalidInput(f"{argument} is longer than {MAX_LABEL} characters")
     if not text.isprintable():
         raise InvalidInput(f"{argument} has characters that cannot be shown")
-    if any(format.read(word.encode("utf-8")) for word in text.split()):
-        raise InvalidInput(f"{argument} contains a key, which would be shown in every list: leave it out")
+    _no_key(argument, text, format)
     return text
+
+
+def _no_key(argument: str, text: str, format: KeyFormat) -> None:  # noqa: A002
+    if format.found_in(text):
+        raise InvalidInput(f"{argument} contains a key, which would be shown in every list: leave it out")
+
+
+_ID: Final = re.compile(r"(?:machine|key)_[0-9a-f]{16}", re.IGNORECASE)
+
+
+def _name(text: str, format: KeyFormat) -> str:  # noqa: A002
+    """Check the name of a machine or a key: people type one where they could type an id."""
+    name = _label("name", text, format)
+    if _ID.fullmatch(name):
+        raise InvalidInput("name reads like an id, and could be taken for it: choose another")
+    return name
+
+
+def _organisation(text: str, format: KeyFormat) -> str:  # noqa: A002
+    """Check the name of a machine's organisation: no right may read it as anything else."""
+    name = _label("organisation", text, format)
+    if re.search("[*@,]", unicodedata.normalize("NFKC", name)):
+        raise InvalidInput("organisation has a '*', '@' or ',' in its name: rights are written with them")
+    return name
+
+
+def _checked(grant: Grant, format: KeyFormat) -> Grant:  # noqa: A002
+    _no_key("a right", grant.permission, format)
+    for name in (*grant.organisations, *grant.perimeter):
+        _label("a right's organisation", name, format)
+    return grant
 
 
 _VERSION: Final = re.compile(r"(?P<rest>.* )v(?P<number>\d{1,6})")
@@ -346,16 +382,17 @@ def _next_version(name: str) -> str:
     return f"{match['rest']}v{int(match['number']) + 1}" if match else f"{name} v2"
 
 
-def _granted(text: str, home: str) -> Grant:
+def _granted(text: str, home: str, format: KeyFormat) -> Grant:  # noqa: A002
     wanted, at, named = text.partition("@")
     permission, _, operation = parse_right(wanted).partition(":")
-    organisations = tuple(name for name in named.split(",") if name) if at else (home,)
-    if not organisations:
+    if not at:
+        return Grant(permission, operation, (home,), (home,))
+    if named.strip() == EVERYWHERE:
+        return Grant(permission, operation, (EVERYWHERE,), (EVERYWHERE,))
+    if not named.strip():
         raise InvalidInput("a right names no organisation after '@': write 'contrats:lecture@org-a,org-b'")
-    perimeter = (
-        (EVERYWHERE,) if EVERYWHERE in organisations else tuple({home: None} | dict.fromkeys(organisations))
-    )
-    return Grant(permission, operation, organisations, perimeter)
+    organisations = tuple(_organisation(name, format) for name in named.split(","))
+    return Grant(permission, operation, organisations, tuple({home: None} | dict.fromkeys(organisations)))
 
 
 def _network(text: str) -> Network:

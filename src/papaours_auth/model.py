@@ -5,6 +5,7 @@ All are frozen, slotted and typed. Times are aware datetimes in UTC.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class Unset(Enum):
 
 UNSET: Final = Unset.UNSET
 
+_RESERVED: Final = re.compile("[:@,*]")  # what rights are written with
 _FOLDED: Final = {"ecriture": "écriture"}  # typed without its accent on many keyboards
 
 
@@ -44,8 +46,14 @@ def right(permission: str, operation: str) -> str:
     permission = unicodedata.normalize("NFC", permission).strip()
     operation = unicodedata.normalize("NFC", operation).strip().lower()
     operation = _FOLDED.get(operation, operation)
-    if not permission or ":" in permission or any(c.isspace() or not c.isprintable() for c in permission):
-        raise InvalidInput("a right's permission is one word without ':', as in 'contrats:lecture'")
+    if (
+        not permission
+        or _RESERVED.search(permission)
+        or any(c.isspace() or not c.isprintable() for c in permission)
+    ):
+        raise InvalidInput(
+            "a right's permission is one word without ':', '@', ',' and '*', as in 'contrats:lecture'"
+        )
     if operation not in OPERATIONS:
         raise InvalidInput(f"a right's operation is one of {', '.join(OPERATIONS)}")
     return f"{permission}:{operation}"
@@ -65,7 +73,8 @@ class Grant:
     """A permission and an operation, on some organisations, through a role with a perimeter.
 
     It counts only while the machine's home organisation is inside the perimeter. ``"*"`` stands for every
-    organisation; an empty tuple for none.
+    organisation; an empty tuple for none. It is never an organisation's name: a machine at home in ``"*"`` has
+    no rights.
     """
 
     permission: str
@@ -85,6 +94,8 @@ class Grant:
 
     def counts_for(self, organisation: str) -> bool:
         """Tell whether it counts for a machine whose home organisation this is."""
+        if organisation == EVERYWHERE:
+            return False
         return EVERYWHERE in self.perimeter or organisation in self.perimeter
 
     def covers(self, organisation: str) -> bool:

@@ -22,6 +22,7 @@ from ._middleware import (
 )
 from .authenticator import Authenticator
 from .exceptions import ConfigurationError, Reason, Refused, StoreUnavailable
+from .format import KeyFormat
 from .http import Gate, credentials, render
 from .model import UNSET, Identity, Unset
 from .stores import Store
@@ -125,7 +126,6 @@ class PapaoursAuthMiddleware(Guard):
         self.app = app
         super().__init__(environment=environment, store=store, authenticator=authenticator, **options)
         self.recorder = recorder_for(usage)
-        self.mark = self._token.decode("ascii")
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Guard one request (PEP 3333)."""
@@ -144,7 +144,9 @@ class PapaoursAuthMiddleware(Guard):
         if self.recorder is None:
             return self.app(environ, private(start_response))
         call = begin_call(identity, self._client(environ), environ["REQUEST_METHOD"])
-        return _Recording(self.recorder, call, environ, self.mark).run(self.app, start_response)
+        return _Recording(self.recorder, call, environ, self.authenticator.format).run(
+            self.app, start_response
+        )
 
     def _refuse(
         self, refused: Refused, environ: WSGIEnvironment, start_response: StartResponse
@@ -156,17 +158,17 @@ class PapaoursAuthMiddleware(Guard):
             self.recorder.refused(refused.reason, client)
             return respond(refused, environ, start_response)
         call = begin_call(refused.known, client, environ["REQUEST_METHOD"], refused.reason.value)
-        recording = _Recording(self.recorder, call, environ, self.mark)
+        recording = _Recording(self.recorder, call, environ, self.authenticator.format)
         return recording.run(lambda environ, start: respond(refused, environ, start), start_response)
 
 
 class _Recording:
     """One call's answer: an iterable that knows when it begins, and how it ends."""
 
-    __slots__ = ("_body", "_call", "_ended", "_environ", "_mark", "_recorder", "_whole")
+    __slots__ = ("_body", "_call", "_ended", "_environ", "_format", "_recorder", "_whole")
 
-    def __init__(self, recorder: Recorder, call: Call, environ: WSGIEnvironment, mark: str) -> None:
-        self._recorder, self._call, self._environ, self._mark = recorder, call, environ, mark
+    def __init__(self, recorder: Recorder, call: Call, environ: WSGIEnvironment, format: KeyFormat) -> None:  # noqa: A002
+        self._recorder, self._call, self._environ, self._format = recorder, call, environ, format
         self._ended = self._whole = False
         self._body: Iterable[bytes] = ()
 
@@ -222,10 +224,10 @@ class _Recording:
 
     def _describe(self) -> None:
         environ, call = self._environ, self._call
-        call.route = recordable(route_of(environ), self._mark)
+        call.route = recordable(route_of(environ), self._format)
         if not call.reason and REFUSED in environ:
             call.reason = environ[REFUSED].reason.value
-        call.request_id = recordable(environ.get("HTTP_X_REQUEST_ID", ""), self._mark)
+        call.request_id = recordable(environ.get("HTTP_X_REQUEST_ID", ""), self._format)
 
 
 def respond(refused: Refused, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:

@@ -15,6 +15,7 @@ from typing import Final, NamedTuple, Self
 
 from .._fork import hold_across_fork
 from ..exceptions import ConfigurationError, Reason
+from ..format import KeyFormat
 from .courier import Courier, Keeper
 from .event import Call, Outcome, clean
 from .memory import Memory
@@ -93,7 +94,7 @@ class Recorder:
             raise ConfigurationError("interval, max_pending and max_spool of a Recorder must be above 0")
         self._owned = isinstance(sink, str)
         self._sink = open_sink(sink) if isinstance(sink, str) else sink
-        self.service = clean(service if service is not None else os.environ.get(SERVICE_VARIABLE))
+        self.service = _service(service if service is not None else os.environ.get(SERVICE_VARIABLE))
         self._interval, self._max_pending = interval, max_pending
         self._spool = (
             SpoolOptions(Path(spool).absolute(), segment_bytes, max_spool, interval)
@@ -216,6 +217,13 @@ class Recorder:
         if child:
             self._users = 0
             self._begin()
+
+
+def _service(given: str | None) -> str:
+    name = clean(given)
+    if KeyFormat().found_in(given or ""):
+        raise ConfigurationError(f"the service's name contains a key: check service= and {SERVICE_VARIABLE}")
+    return name
 
 
 def _nothing() -> None:
