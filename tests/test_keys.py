@@ -6,10 +6,12 @@ import asyncio
 import inspect
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from conftest import PEPPER
 from papaours_auth import (
     AsyncKeys,
     ConfigurationError,
@@ -20,11 +22,13 @@ from papaours_auth import (
     NotFound,
     PepperRing,
     Secret,
+    StoreUnavailable,
     SystemMachineProtected,
+    open_store,
     parse_peppers,
 )
 from papaours_auth.digest import new_pepper
-from papaours_auth.stores import Store
+from papaours_auth.stores import Author, PepperRecord, Store
 from papaours_auth.stores.memory import MemoryStore
 
 if TYPE_CHECKING:
@@ -47,6 +51,27 @@ def test_a_machine_and_its_keys_go_by_id_or_exact_name(keys: Keys, machine: str)
     for missing in ("Service", "", "machine_0"):
         with pytest.raises(NotFound, match="no machine with this id or exact name"):
             keys.machine(missing)
+
+
+def test_the_keys_of_a_machine_are_its_own_alone(keys: Keys, machine: str) -> None:
+    other = keys.create_machine("Export", organisation=HOME)
+    first = keys.create_key(machine, name="Production - A", environment="prod").key
+    second = keys.create_key(other.id, name="Production - B", environment="prod").key
+    assert keys.keys() == [first, second]
+    for named in (other.id, "Export"):
+        assert keys.keys(named) == [second]
+    with pytest.raises(NotFound):
+        keys.keys("nobody")
+
+
+def test_an_id_goes_before_a_name_that_is_equal_to_it(keys: Keys, machine: str) -> None:
+    """Else who may name a key could have another one's commands meet it, or stop them."""
+    key = keys.create_key(machine, name="Production - A", environment="prod").key
+    keys.create_key(machine, name=key.id, environment="prod")
+    keys.create_machine(machine, organisation=HOME)
+    assert keys.key(key.id) == key
+    assert keys.machine(machine).id == machine
+    assert keys.disable_key(key.id).name == "Production - A"
 
 
 def test_a_name_that_fits_several_is_asked_back_with_their_ids(keys: Keys, machine: str) -> None:
@@ -92,6 +117,28 @@ def test_the_seeds_key_is_imported_with_its_digest(
         keys.import_key(machine, Secret(SEED), name="Encore")
 
 
+SECOND = new_pepper(["p1"])
+
+
+def test_a_key_of_a_former_primary_pepper_is_not_imported_a_second_time(
+    keys: Keys, machine: str, store: Store
+) -> None:
+    """It would be one text with two records: who disables the one that is shown leaves the other's door open."""
+    keys.import_key(machine, SEED, name="Production - Document 05")
+    both = parse_peppers(f"{PEPPER},{SECOND}")
+    added = both.peppers[1].proof(store.describe().installation)
+    author = Author("alice", datetime.now(UTC))
+    store.add_pepper(PepperRecord("p2", added, "accept"), author)
+    store.set_pepper_status("p2", "primary", author)
+    for ring in (both, parse_peppers(f"{SECOND},{PEPPER}")):
+        later = Keys(store, peppers=ring)
+        with pytest.raises(Conflict, match="already has this key"):
+            later.import_key(machine, SEED, name="Encore")
+        later.create_key(machine, name="Production", environment="prod")
+    assert [key.name for key in keys.keys()] == ["Production - Document 05", "Production", "Production"]
+    assert (store.count_digests("p1"), store.count_digests("p2")) == (1, 2)  # digested under the new one
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -113,6 +160,12 @@ def test_amendment_12_a_key_of_our_own_format_is_never_imported(keys: Keys, mach
     made = keys.create_key(machine, name="Production", environment="prod").secret
     with pytest.raises(InvalidInput, match="only Papaours mints those"):
         keys.import_key(machine, made, name="Production v2")
+
+
+def test_a_label_of_200_characters_is_not_too_long(keys: Keys, machine: str) -> None:
+    label = "x" * 200
+    assert keys.create_machine(label, organisation=label, description=label).name == label
+    assert keys.create_key(machine, name=f" {label} ", environment="prod").key.name == label
 
 
 LABELS = {
@@ -375,6 +428,34 @@ def test_whoever_must_disable_a_key_at_night_needs_no_pepper(
     assert at_night.disable_key(key.id).status == "inactive"
     with pytest.raises(ConfigurationError, match="no pepper"):
         at_night.create_key(machine, name="Production v2", environment="prod")
+
+
+def test_a_store_that_was_opened_from_a_url_is_closed_and_one_that_was_given_is_not(
+    store: Store, ring: PepperRing, tmp_path: Path
+) -> None:
+    with Keys(store, peppers=ring) as given:
+        given.create_machine("Service", organisation=HOME)
+    assert len(given.machines()) == 1
+    url = f"sqlite:///{tmp_path}/owned.db"
+    open_store(url, create=True).close()
+    with Keys(url, peppers=ring) as owned:
+        owned.create_machine("Service", organisation=HOME)
+    with pytest.raises(StoreUnavailable, match="closed"):
+        owned.machines()
+
+
+def test_a_store_is_closed_where_the_peppers_are_not_its_own(
+    ring: PepperRing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"sqlite:///{tmp_path}/owned.db"
+    open_store(url, create=True).close()
+    Keys(url, peppers=ring).close()
+    opened = open_store(url)
+    monkeypatch.setattr("papaours_auth.keys.open_store", lambda _: opened)
+    with pytest.raises(ConfigurationError, match="not the one this store was made with"):
+        Keys(url, peppers=parse_peppers(new_pepper()))
+    with pytest.raises(StoreUnavailable, match="closed"):
+        opened.machines()
 
 
 def test_the_async_twin_has_every_method_and_they_do_the_same(keys: Keys, machine: str) -> None:
