@@ -112,6 +112,7 @@ PROXY = {"trusted_proxies": ["10.0.0.0/8", "2001:db8:ffff::/48"]}
 CHALLENGE = {"www-authenticate": 'Bearer realm="papaours"'}
 INVALID = {"www-authenticate": 'Bearer realm="papaours", error="invalid_token"'}
 AMBIGUOUS = {"www-authenticate": 'Bearer realm="papaours", error="invalid_request"'}
+DATE = "Sun, 29 Nov 2026 12:00:00 GMT"
 PRIVATE = {"cache-control": "private"}
 NO_STORE = {"cache-control": "no-store", "content-type": "application/problem+json"}
 
@@ -146,6 +147,7 @@ ROWS = [
     Row("HEAD", bearer(GOOD), 200, method="HEAD"),
     Row("POST", bearer(GOOD), 200, method="POST"),
     Row("pitfall 30: the app's own Cache-Control stands", bearer(GOOD), 200, path="/cached", sent={"cache-control": "max-age=60"}),
+    Row("pitfall 30: Last-Modified, as long a name, is no Cache-Control", bearer(GOOD), 200, path="/dated", sent={**PRIVATE, "last-modified": DATE}),
     # no key
     refused("nothing", [], 401, "missing_key", sent=CHALLENGE),
     refused("pitfall 4: Bearer alone", [("Authorization", "Bearer")], 401, "missing_key", sent=CHALLENGE),
@@ -177,6 +179,12 @@ ROWS = [
     refused("amendment 16: X-API-KEY twice, the same", [*x_api_key(GOOD), *x_api_key(GOOD)], 400, "ambiguous_credentials"),
     refused("pitfall 3: joined by a comma upstream", x_api_key(f"{GOOD}, {OTHER}"), 400, "ambiguous_credentials"),
     refused("pitfall 3: Bearer joined upstream", bearer(f"{GOOD}, Bearer {OTHER}"), 400, "ambiguous_credentials"),
+    refused("pitfall 4: no blank after the scheme", [("Authorization", f"Bearer{GOOD}")], 401, "missing_key", sent=CHALLENGE),
+    refused("no blank after the scheme, beside another's key", [("Authorization", f"Bearer{OTHER}"), *x_api_key("")], 401, "missing_key"),
+    refused("pitfall 3: a blank member after a comma", [("Authorization", "Basic dTpw, "), *x_api_key(GOOD)], 400, "ambiguous_credentials", sent=AMBIGUOUS),
+    refused("pitfall 3: a blank member between commas", [("Authorization", 'Digest a="b",,c="d"'), *x_api_key(GOOD)], 400, "ambiguous_credentials"),
+    refused("pitfall 3: a bare scheme after a comma", [("Authorization", "Basic dTpw, Negotiate"), *x_api_key(GOOD)], 400, "ambiguous_credentials"),
+    refused("pitfall 3: Bearer and a blank member", [("Authorization", f"Bearer {GOOD},")], 400, "ambiguous_credentials"),
     refused("Basic and Bearer in two headers", [("Authorization", "Basic dTpw"), *bearer(GOOD)], 400, "ambiguous_credentials"),
     refused("an empty X-API-KEY and another", [("X-API-KEY", ""), *x_api_key(GOOD)], 400, "ambiguous_credentials"),
     # every reason the store gives
@@ -325,6 +333,8 @@ def asks(path: str) -> bool:
 
 
 def cache_headers(path: str) -> dict[str, str]:
+    if path.endswith("/dated"):
+        return {"Last-Modified": DATE}
     return {"Cache-Control": "max-age=60"} if path.endswith("/cached") else {}
 
 

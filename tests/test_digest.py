@@ -43,6 +43,12 @@ WRONG = {
     f"p1:{VALUE},nonsense": "pepper 2 is not written id:base64url",
     "p1:not*base64": "pepper 1 is not base64url",
     "p1:" + "é" * 43: "pepper 1 is not base64url",
+    # Characters that a lenient decoder drops: what is left would be another pepper than the one that was meant.
+    f"p1:{VALUE[:20]} {VALUE[20:]}": "pepper 1 is not base64url",
+    f"p1:{VALUE[:20]}!!!!{VALUE[20:]}": "pepper 1 is not base64url",
+    f"p1: {VALUE}": "pepper 1 is not base64url",
+    f"p1:'{VALUE}'": "pepper 1 is not base64url",
+    f"p1:{VALUE[:20]}={VALUE[20:]}": "pepper 1 is not base64url",
     "p1:" + VALUE[:40]: "has 30 bytes and needs at least 32",
     "p1:": "has 0 bytes",
     "p1:" + base64.b64encode(b"a" * 32).decode(): "placeholder",
@@ -52,6 +58,13 @@ WRONG = {
     f"{'p' * 33}:{VALUE}": "id must be",
     f"p1:{VALUE},p1:{OTHER}": "same id",
 }
+
+
+def test_sixteen_different_bytes_are_enough_and_fifteen_are_a_placeholder() -> None:
+    enough, few = (base64.urlsafe_b64encode((bytes(range(n)) * 3)[:32]).decode() for n in (16, 15))
+    assert parse_peppers(f"p1:{enough}").primary.id == "p1"
+    with pytest.raises(ConfigurationError, match="placeholder"):
+        parse_peppers(f"p1:{few}")
 
 
 @pytest.mark.parametrize(("text", "said"), WRONG.items())

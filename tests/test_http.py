@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -82,12 +83,85 @@ def test_blanks_around_a_header_are_no_part_of_the_key() -> None:
         assert credentials(b"Bearer " + key + b"\t", named, token=b"pk_") == key
 
 
+KEY = b"pk_prod_abc123def456ghi789"
+
+
+@pytest.mark.parametrize(
+    ("authorization", "found"),
+    [
+        (b"Bearer " + KEY, KEY),
+        (b"bEaReR " + KEY, KEY),
+        (b"Bearer" + KEY, Reason.MISSING_KEY),  # another scheme, whose name begins like ours
+        (b"Bearer:" + KEY, Reason.MISSING_KEY),
+        (b"Bearers " + KEY, Reason.MISSING_KEY),
+        (b"Bearer", Reason.MISSING_KEY),
+        (b"Bearer,", Reason.AMBIGUOUS_CREDENTIALS),
+        (b'Bearer,realm="x"', Reason.AMBIGUOUS_CREDENTIALS),
+        (b"Bearer ,", Reason.AMBIGUOUS_CREDENTIALS),
+        (b"Bearer, " + KEY, Reason.AMBIGUOUS_CREDENTIALS),
+        (b"Bearer " + KEY + b",", Reason.AMBIGUOUS_CREDENTIALS),
+        # one credential of another scheme, and two
+        (b'Digest username="a", uri="/"', Reason.MISSING_KEY),
+        (b'Digest username="a", uri = "/"', Reason.MISSING_KEY),
+        (b"Basic dTpw,", Reason.AMBIGUOUS_CREDENTIALS),
+        (b"Basic dTpw, \t", Reason.AMBIGUOUS_CREDENTIALS),
+        (b'Digest a="b",,c="d"', Reason.AMBIGUOUS_CREDENTIALS),
+        (b"Basic dTpw,Negotiate", Reason.AMBIGUOUS_CREDENTIALS),
+        (b"Basic dTpw, Negotiate", Reason.AMBIGUOUS_CREDENTIALS),
+        (b"Basic dTpw, Bearer " + KEY, Reason.AMBIGUOUS_CREDENTIALS),
+        (b'Digest a="b", c="d", Bearer ' + KEY, Reason.AMBIGUOUS_CREDENTIALS),
+        (b'Digest a="b", Negotiate, c="d"', Reason.AMBIGUOUS_CREDENTIALS),
+    ],
+)
+def test_pitfall_3_pitfall_4_an_authorization_is_one_credential_or_an_ambiguous_one(
+    authorization: bytes, found: bytes | Reason
+) -> None:
+    try:
+        got: bytes | Reason = credentials(authorization, None, token=b"pk_")
+    except Refused as refused:
+        got = refused.reason
+    assert got == found
+
+
 @pytest.mark.parametrize(
     "path", ["/public/..;/admin", "/public/%2e%2e/admin", "/public/a;b", "/public/..\\admin", "/public/\x00"]
 )
 def test_pitfall_10_what_something_behind_us_might_read_anew_needs_a_key(path: str) -> None:
     assert Gate(exempt=["/public/*"]).guards(path)
     assert not Gate(exempt=["/public/*"]).guards("/public/été.html")
+
+
+def test_an_answer_speaks_the_language_that_its_headers_name() -> None:
+    for reason in Reason:
+        english, french = (
+            render(Refused(reason), accept_language=asked) for asked in ("en, fr;q=0.5", "fr, en;q=0.5")
+        )
+        for answer, tongue in ((english, "en"), (french, "fr")):
+            assert dict(answer.headers)["Content-Language"] == tongue
+            assert dict(answer.headers)["Vary"] == "Accept-Language"  # else a cache gives one's to the other
+            assert json.loads(answer.body)["code"] == reason
+        assert json.loads(english.body)["detail"] != json.loads(french.body)["detail"]
+    assert json.loads(render(Refused(Reason.UNKNOWN_KEY)).body)["title"] == "API key unknown"
+    answer = render(Refused(Reason.UNKNOWN_KEY), accept_language="fr")
+    assert json.loads(answer.body)["title"] == "Clé API inconnue"
+
+
+def test_a_challenge_names_rights_where_they_are_lacking_and_nowhere_else() -> None:
+    """RFC 6750 section 3.1: ``scope`` belongs to ``insufficient_scope``, and an empty one says nothing."""
+
+    def challenge(reason: Reason, *needs: str) -> str:
+        return dict(render(Refused(reason, needs=needs)).headers)["WWW-Authenticate"]
+
+    realm = 'Bearer realm="papaours"'
+    lacking = f'{realm}, error="insufficient_scope"'
+    assert (
+        challenge(Reason.INSUFFICIENT_RIGHTS, "a:lecture", "b:lecture")
+        == f'{lacking}, scope="a:lecture b:lecture"'
+    )
+    assert challenge(Reason.INSUFFICIENT_RIGHTS) == lacking
+    assert challenge(Reason.INSUFFICIENT_RIGHTS, "contrats:écriture") == lacking
+    assert challenge(Reason.UNKNOWN_KEY, "a:lecture") == f'{realm}, error="invalid_token"'
+    assert challenge(Reason.MISSING_KEY, "a:lecture") == realm
 
 
 def test_a_right_with_an_accent_is_left_out_of_the_challenge() -> None:
