@@ -37,7 +37,15 @@ from papaours_auth import (
 from papaours_auth.authenticator import _Flight
 from papaours_auth.http import render
 from papaours_auth.outage import FIRST_RETRY
-from papaours_auth.stores import Author, Description, Found, PepperRecord, Reading, Store
+from papaours_auth.stores import (
+    Author,
+    Description,
+    Found,
+    PepperRecord,
+    Reading,
+    Store,
+    open_async_store,
+)
 from papaours_auth.verify import Claim
 from support.doors import Door, Gate, Later, Spy, Threaded, open_door
 from support.servers import wait_until
@@ -255,6 +263,31 @@ def test_pitfall_17_a_random_key_flood_evicts_no_hot_key_and_is_bounded(
     assert spy.lookups == 51
     cache = door.authenticator._cache
     assert (len(cache.entries), len(cache.unknown)) == (1, 10)
+
+
+def test_pitfall_16_a_key_is_refused_from_its_expiry_on_although_the_cache_is_trusted(
+    door: Door, admin: Keys, machine: Machine, clock: ManualClock
+) -> None:
+    """On the hot path, which asks nobody: the watcher has read the store an instant ago and nothing has changed."""
+    key = minted(expires=timedelta(seconds=60))(admin, machine)
+    door.refresh()
+    assert isinstance(door.knock(key), Identity)
+    clock.advance(59.999)
+    door.refresh()
+    assert door.authenticator.cached(key.encode()) is not None
+    clock.advance(0.001)
+    assert door.authenticator.cached(key.encode()) is None
+    assert door.knock(key) is Reason.KEY_EXPIRED
+
+
+def test_an_entry_is_asked_for_anew_when_its_lifetime_is_over(
+    opens: Callable[..., Door], seed: str, clock: ManualClock
+) -> None:
+    door = opens(lifetime=10.0)
+    assert isinstance(door.knock(SEED), Identity)
+    clock.advance(10.0)
+    door.refresh()
+    assert door.authenticator.cached(SEED.encode()) is None
 
 
 def test_no_text_of_a_key_stays_in_the_cache(door: Door, seed: str) -> None:
@@ -615,6 +648,22 @@ def test_one_async_authenticator_serves_event_loops_in_several_threads(
     threads = [Later(lambda: asyncio.run(calls())) for _ in range(2)]
     assert [thread.answer() for thread in threads] == [authenticator.cached(SEED.encode())] * 2
     assert left_behind(authenticator) == (0, 0)
+
+
+def test_a_loop_that_is_closed_is_let_go_of(opens: Callable[..., Door], spy: Spy) -> None:
+    """An app that runs a loop for each call would otherwise keep them all, each with its timer and its tasks."""
+    authenticator = AsyncAuthenticator(Threaded(spy.store), environment="prod", peppers=BOTH, watch=False)
+    loops: list[weakref.ref[asyncio.AbstractEventLoop]] = []
+
+    async def call() -> None:
+        loops.append(weakref.ref(asyncio.get_running_loop()))
+        with pytest.raises(Refused):
+            await authenticator.authenticate(STRANGER)
+
+    for _ in range(5):
+        asyncio.run(call())
+    gc.collect()
+    assert [loop() for loop in loops[:-1]] == [None] * 4
 
 
 # fetched answers
@@ -1026,6 +1075,27 @@ def test_it_starts_at_the_first_call_stops_when_closed_and_may_be_started_again(
         door.close()  # twice is once
         door.start()
     door.close()
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_store_is_opened_once_and_once_more_after_each_close(
+    kind: str, url: str, ring: PepperRing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    for name, opener in (("open_store", open_store), ("open_async_store", open_async_store)):
+
+        def counted(url: str, *, opener: Any = opener) -> Any:
+            opened.append(url)
+            return opener(url)
+
+        monkeypatch.setattr(f"papaours_auth.authenticator.{name}", counted)
+    door = open_door(kind, url, peppers=ring)
+    for times in (1, 2, 3):
+        door.start()
+        door.start()
+        assert isinstance(door.knock(SEED), Identity)
+        assert opened == [url] * times
+        door.close()
 
 
 def test_it_closes_with_its_block(url: str, ring: PepperRing) -> None:

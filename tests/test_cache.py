@@ -154,6 +154,20 @@ def test_amendment_01_an_entry_needs_its_keys_and_its_machines_partition_fresh_a
     assert bench.believes(b"d")  # although 0 and 3 have not
 
 
+def test_what_the_hot_path_compares_with_is_the_earliest_trust_of_all_partitions(bench: Bench) -> None:
+    """In whatever order they were heard: the newest would let in a key whose partition is silent."""
+    began = bench.clock.mono
+    for partition in (1, 2):
+        bench.hear(epoch(1), partition=partition, broken=True)
+    bench.clock.advance(0.5)
+    bench.hear(epoch(1), partition=2)
+    bench.clock.advance(0.5)
+    bench.hear(epoch(1), partition=0)
+    assert bench.cache.trusted_until == began + MAX_STALENESS  # of partition 1
+    bench.hear(epoch(1), partition=1)
+    assert bench.cache.trusted_until == began + 0.5 + MAX_STALENESS  # of partition 2
+
+
 # fills
 
 

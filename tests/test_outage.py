@@ -24,7 +24,7 @@ from papaours_auth import (
 )
 from papaours_auth.exceptions import UnreadableRecord
 from papaours_auth.outage import FIRST_RETRY, LAST_RETRY, LAST_RETRY_WATCHED, Breaker
-from papaours_auth.stores import Author, Found, PepperRecord, Reading
+from papaours_auth.stores import Author, Description, Found, PepperRecord, Reading
 from papaours_auth.verify import Claim
 from support.doors import Door, Gate, Later, Spy, open_door
 from support.servers import wait_until
@@ -223,6 +223,38 @@ def test_an_outage_is_logged_when_it_begins_and_when_it_ends_and_not_for_each_ca
     ]
 
 
+def test_a_second_outage_is_tried_and_logged_as_soon_as_the_first(
+    opens: Callable[..., Door], spy: Spy, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    door = opens()
+    tries: list[None] = []
+
+    def fails(_: object) -> Any:
+        tries.append(None)
+        raise StoreUnavailable("no route to host")
+
+    for outage in (1, 2, 3):
+        caplog.clear()
+        tries.clear()
+        with caplog.at_level(logging.WARNING, "papaours_auth"):
+            spy.on_lookup = spy.on_describe = fails
+            for pause in (0, FIRST_RETRY, *[LAST_RETRY] * 4):  # the last of them are rare
+                clock.advance(pause)
+                assert door.knock(STRANGER) is Reason.STORE_UNAVAILABLE
+                if pause == FIRST_RETRY:
+                    assert len(tries) == 2
+            spy.on_lookup = spy.on_describe = up
+            door.refresh()
+            assert door.knock(STRANGER) is Reason.UNKNOWN_KEY
+        assert [record.getMessage() for record in caplog.records] == [
+            "the key store cannot be asked, so uncached calls meet 503: no route to host",
+            "the key store answers again",
+        ]
+        assert door.authenticator.health().outages == outage
+        clock.advance(1)
+        door.authenticator._cache.unknown.clear()  # so that the next outage is noticed by the same key
+
+
 def test_with_a_real_watcher_a_store_that_comes_back_is_used_within_a_second(
     opens: Callable[..., Door], spy: Spy, seed: str
 ) -> None:
@@ -270,6 +302,45 @@ def test_max_age_counts_from_the_last_reading_that_was_applied(
     assert isinstance(lenient.knock(SEED), Identity)
     clock.advance(0.2)
     assert lenient.knock(SEED) is Reason.STORE_UNAVAILABLE
+
+
+def test_max_age_is_over_at_the_instant_it_names(lenient: Door, spy: Spy, clock: ManualClock) -> None:
+    assert isinstance(lenient.knock(SEED), Identity)
+    read_at = clock.mono
+    spy.on_lookup = spy.on_read = unavailable
+    clock.mono = read_at + 599.875
+    assert isinstance(lenient.knock(SEED), Identity)
+    clock.mono = read_at + 600.0
+    assert lenient.knock(SEED) is Reason.STORE_UNAVAILABLE
+
+
+def test_peppers_that_are_not_the_stores_are_an_outage_in_which_nobody_is_served(
+    lenient: Door, spy: Spy, clock: ManualClock
+) -> None:
+    """The store answers: what it says is that nothing here can be verified any more. That is no news gone old."""
+    assert isinstance(lenient.knock(SEED), Identity)
+
+    def another(pepper: PepperRecord) -> PepperRecord:
+        return pepper._replace(proof=b"?" * 32)
+
+    def tells(ask: Callable[[], Reading]) -> Reading:
+        reading = ask()
+        news = reading.news[0]
+        peppers = tuple(another(pepper) for pepper in spy.real.describe().peppers)
+        return reading._replace(news={0: news._replace(peppers=peppers)})
+
+    def describes(ask: Callable[[], Description]) -> Description:
+        description = ask()
+        return description._replace(peppers=tuple(another(pepper) for pepper in description.peppers))
+
+    spy.on_describe = describes
+    clock.advance(10)  # the feed is silent: nothing has been evicted, and it is asked for the peppers again
+    assert lenient.knock(SEED) is Reason.STORE_UNAVAILABLE
+    spy.on_read = tells
+    clock.advance(10)
+    lenient.refresh()
+    assert lenient.knock(SEED) is Reason.STORE_UNAVAILABLE
+    assert lenient.authenticator.health().stale_answers == 0
 
 
 def test_what_a_request_needs_is_asked_in_an_outage_too(lenient: Door, spy: Spy, clock: ManualClock) -> None:
@@ -369,6 +440,17 @@ def test_health_tells_how_it_is_without_asking_anybody(
     health = door.authenticator.health()
     assert (health.ok, health.trusted_for, health.outages) == (False, 0.0, 1)
     assert health.error == "no route to host"
+
+
+def test_health_does_not_suffer_from_peppers_that_are_merely_not_known_at_the_moment(
+    opens: Callable[..., Door], seed: str, clock: ManualClock
+) -> None:
+    """The next call asks for them. That nothing was read for a while is told by ``trusted_for``."""
+    door = opens()
+    assert isinstance(door.knock(SEED), Identity)
+    clock.advance(door.authenticator.max_staleness)
+    health = door.authenticator.health()
+    assert (health.ok, health.trusted_for) == (True, 0.0)
 
 
 def test_a_claim_is_all_that_a_store_sees(opens: Callable[..., Door], spy: Spy, seed: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from papaours_auth import Grant, Identity, InvalidInput, Key, KeyFormat, Machine, PepperRing, Reason, Refused
 from papaours_auth.digest import Candidate, Pepper
 from papaours_auth.model import Record
-from papaours_auth.verify import PARTITIONS, Claim, authorize, decide, read
+from papaours_auth.verify import PARTITIONS, Claim, authorize, decide, partition, read
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 DIGEST = b"d" * 32
@@ -170,6 +170,13 @@ def test_partitions_are_spread_and_do_not_depend_on_the_pepper() -> None:
         assert len(partitions) == 1
         seen |= partitions
     assert seen == set(range(PARTITIONS))
+
+
+def test_the_number_of_partitions_is_written_into_stores() -> None:
+    """Where a key of another day is kept: another number, or another checksum, and it is unknown."""
+    assert PARTITIONS == 16
+    presented = [b"pk_prod_abc123def456ghi789", b"pk_prod_0123456789abcdef", b"pk_test_0123456789abcdef"]
+    assert [partition(text) for text in presented] == [14, 8, 0]
 
 
 def test_pitfall_28_neither_claim_nor_record_nor_refusal_shows_a_digest() -> None:

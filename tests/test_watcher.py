@@ -7,6 +7,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from papaours_auth import Identity, Keys, Machine, PepperRing, Reason, StoreUnav
 from papaours_auth.cache import Cache
 from papaours_auth.stores import Epoch, Feed, News, Reading, Store, sqlite
 from papaours_auth.watcher import FIRST_RETRY, Watcher
+from support.alone import run_alone
 from support.doors import Door, Spy
 from support.servers import wait_until
 
@@ -124,6 +126,43 @@ def test_a_store_that_cannot_be_watched_is_logged_once_and_tried_again(
     ]
 
 
+def test_a_second_outage_is_logged_as_the_first(
+    watched: Callable[..., Door], spy: Spy, seed: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    door = watched(max_staleness=0.2)
+    door.knock(SEED)
+
+    def fails(ask: Callable[[], Reading]) -> Reading:
+        raise StoreUnavailable("no route to host")
+
+    def said() -> list[str]:
+        return [record.getMessage().partition(",")[0] for record in caplog.records]
+
+    once = ["the key store cannot be watched", "the key store can be watched again"]
+    with caplog.at_level(logging.WARNING, logger="papaours_auth"):
+        for outage in (1, 2):
+            spy.on_read = fails
+            wait_until(lambda: len(said()) == 2 * outage - 1, 10, what="the outage to be told")  # noqa: B023
+            spy.on_read = lambda ask: ask()
+            wait_until(lambda: len(said()) == 2 * outage, 10, what="its end to be told")  # noqa: B023
+    assert said() == once * 2
+
+
+AT_THE_END = """
+from papaours_auth import Authenticator, parse_peppers
+from papaours_auth.digest import new_pepper
+from papaours_auth.stores.memory import MemoryStore
+
+authenticator = Authenticator(MemoryStore(), environment="prod", peppers=parse_peppers(new_pepper()))
+authenticator.start()
+assert authenticator.health().watching
+"""
+
+
+def test_a_watcher_that_nobody_closed_keeps_no_process_from_ending() -> None:
+    run_alone(AT_THE_END, seconds=30)
+
+
 # one reading
 
 
@@ -157,6 +196,22 @@ def test_trust_counts_from_when_a_reading_was_sent_and_not_from_when_it_came_bac
     assert cache.trusted_until == began + 2.0
     watcher.close()
     assert feed.closed
+
+
+@pytest.mark.parametrize("jump", [-3600.0, 3600.0])
+def test_pitfall_16_each_reading_looks_whether_the_wall_clock_has_jumped(
+    door: Door, admin: Keys, machine: Machine, clock: ManualClock, jump: float
+) -> None:
+    """An expiry was turned into a monotonic time when the wall clock still said something else."""
+    expires = timedelta(minutes=30)
+    key = admin.create_key(machine.id, name="Production - Court", environment="prod", expires=expires)
+    door.refresh()
+    text = key.secret.reveal()
+    assert isinstance(door.knock(text), Identity)
+    clock.wall += jump
+    door.refresh()
+    assert door.authenticator.health().known == 0
+    assert isinstance(door.knock(text), Identity) if jump < 0 else door.knock(text) is Reason.KEY_EXPIRED
 
 
 class Timed(Slow):
