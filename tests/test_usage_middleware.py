@@ -19,6 +19,7 @@ from papaours_auth.asgi import PapaoursAuthMiddleware as ASGIMiddleware
 from papaours_auth.stores import open_async_store
 from papaours_auth.usage import CallableSink, Recorder
 from papaours_auth.wsgi import PapaoursAuthMiddleware as WSGIMiddleware
+from support.calls import http_scope
 from support.usage import SLOW, Kept, call
 
 
@@ -221,6 +222,50 @@ def test_refusals_of_a_known_key_are_events_and_others_are_counted(
     counted = [entry[1:] for batch in kept.batches for entry in batch.refusals]
     assert sum(entry[2] for entry in counted) == 3
     assert {entry[:2] for entry in counted} == {("unknown_key", "192.0.2.0/24")}
+
+
+@DOORS
+def test_a_refusal_that_was_sent_is_completed(house: House, kept: Kept, calls: Any) -> None:
+    calls(house, kept, [("/contracts", house.disabled)])
+    assert [(event.status, event.outcome) for event in kept.events()] == [(401, "completed")]
+
+
+def test_a_refusal_whose_client_went_is_gone(house: House, kept: Kept) -> None:
+    async def run() -> None:
+        app = ASGIMiddleware(
+            asgi_app, environment="prod", store=house.url, peppers=house.peppers, usage=kept.recorder
+        )
+
+        async def gone(message: Any = None) -> Any:
+            raise ConnectionResetError
+
+        with contextlib.suppress(ConnectionResetError):
+            await app(http_scope(headers=[("X-API-KEY", house.disabled)]), gone, gone)
+        kept.events()
+        await app.aclose()
+
+    asyncio.run(run())
+    assert [(event.outcome, event.reason) for event in kept.events()] == [("gone", "key_inactive")]
+
+
+def test_of_two_request_ids_the_first_is_recorded(house: House, kept: Kept) -> None:
+    """The proxy next to us puts its own in front, if it keeps its client's at all."""
+
+    async def run() -> None:
+        app = ASGIMiddleware(
+            asgi_app, environment="prod", store=house.url, peppers=house.peppers, usage=kept.recorder
+        )
+
+        async def nothing(_: Any = None) -> Any:
+            return {}
+
+        headers = [("X-Request-ID", "first"), ("X-API-KEY", house.good), ("X-Request-ID", "second")]
+        await app(http_scope(headers=headers), nothing, nothing)
+        kept.events()
+        await app.aclose()
+
+    asyncio.run(run())
+    assert [event.request_id for event in kept.events()] == ["first"]
 
 
 @DOORS

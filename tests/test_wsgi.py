@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from papaours_auth.digest import new_pepper
 from papaours_auth.stores.memory import MemoryStore
 from papaours_auth.wsgi import PapaoursAuthMiddleware, identity_of
 from support.calls import environ_of, run_wsgi
+from support.usage import Kept
 
 SEED = "pk_prod_abc123def456ghi789"
 HEADERS = [("X-API-KEY", SEED)]
@@ -64,6 +66,106 @@ def test_an_app_that_starts_its_answer_anew_after_an_error_is_passed_on(authenti
     )
     assert status == "500 Internal Server Error"
     assert headers["cache-control"] == "no-store"
+
+
+# what the app does reaches the server, whether or not calls are recorded
+
+
+@pytest.fixture(params=["recorded", "not recorded"])
+def guards(request: pytest.FixtureRequest, authenticator: Authenticator) -> Iterator[Callable[[Any], Any]]:
+    kept = Kept()
+    usage = kept.recorder if request.param == "recorded" else None
+    yield lambda app: PapaoursAuthMiddleware(app, authenticator=authenticator, usage=usage)
+    kept.recorder.close()
+
+
+class Body:
+    """An iterable that counts how often it was closed, and may fail in its second piece."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        self.fails = fails
+        self.closed = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield b"one"
+        if self.fails:
+            raise LookupError("in the body")
+        yield b"two"
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def gives(body: Iterable[bytes]) -> Any:
+    def answers(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [])
+        return body
+
+    return answers
+
+
+def test_an_apps_exception_reaches_the_server(guards: Callable[[Any], Any]) -> None:
+    def fails(environ: Any, start_response: Any) -> Any:
+        raise LookupError("in the app")
+
+    with pytest.raises(LookupError, match="in the app"):
+        guards(fails)(environ_of(headers=HEADERS), lambda *_: bytes)
+    with pytest.raises(LookupError, match="in the body"):
+        run_wsgi(guards(gives(Body(fails=True))), environ_of(headers=HEADERS))
+
+
+@pytest.mark.parametrize("read", ["to its end", "in part", "not at all", "until it fails"])
+def test_an_apps_iterable_is_closed_once_however_far_it_was_read(
+    guards: Callable[[Any], Any], read: str
+) -> None:
+    body = Body(fails=read == "until it fails")
+    given = guards(gives(body))(environ_of(headers=HEADERS), lambda *_: bytes)
+    pieces = iter(given) if read != "not at all" else iter(())
+    with contextlib.suppress(LookupError):
+        got = list(pieces) if read != "in part" else [next(pieces)]
+        assert got == {"in part": [b"one"], "not at all": []}.get(read, [b"one", b"two"])
+    assert body.closed == 0
+    given.close()
+    assert body.closed == 1
+
+
+def test_what_went_wrong_is_handed_on_to_the_server(guards: Callable[[Any], Any]) -> None:
+    """PEP 3333: once the headers are sent, the server raises it again, and the client sees a broken answer."""
+    error = LookupError("after the first piece")
+
+    def late(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [])
+        yield b"one"
+        try:
+            raise error
+        except LookupError:
+            start_response("500 Too Late", [], sys.exc_info())
+        yield b"never"
+
+    handed: list[Any] = []
+
+    def start_response(status: str, headers: Any, exc_info: Any = None) -> Any:
+        if exc_info is not None:
+            handed.append(exc_info)
+            raise exc_info[1].with_traceback(exc_info[2])
+        return bytes
+
+    given = guards(late)(environ_of(headers=HEADERS), start_response)
+    with pytest.raises(LookupError, match="after the first piece"):
+        list(given)
+    assert [(info[0], info[1]) for info in handed] == [(LookupError, error)]
+
+
+def test_a_first_start_brings_the_server_no_exc_info(guards: Callable[[Any], Any]) -> None:
+    """Some servers' `start_response` takes two arguments, and reads a third as a failure."""
+    got: list[tuple[object, ...]] = []
+
+    def start_response(*arguments: object) -> Any:
+        got.append(arguments)
+        return bytes
+
+    guards(gives([b"ok"]))(environ_of(headers=HEADERS), start_response)
+    assert [len(arguments) for arguments in got] == [2]
 
 
 def test_pitfall_30_an_answer_that_said_nothing_becomes_private(authenticator: Authenticator) -> None:

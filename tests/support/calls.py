@@ -107,12 +107,14 @@ def environ_of(path: str = "/contracts", headers: Headers = (), **more: Any) -> 
 
 
 def run_wsgi(app: Any, environ: dict[str, Any]) -> tuple[str, dict[str, str], bytes]:
-    """Call an app once, and give status line, headers and body."""
+    """Call an app once, and give status line, headers and body. As strict as PEP 3333 about a second start."""
     started: list[tuple[str, list[tuple[str, str]]]] = []
 
     def start_response(
         status: str, headers: list[tuple[str, str]], exc_info: Any = None
     ) -> Callable[[bytes], object]:
+        if started and exc_info is None:
+            raise AssertionError("a second start_response must bring exc_info")
         started.append((status, headers))
         return bytes
 
