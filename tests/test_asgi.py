@@ -166,6 +166,29 @@ def test_a_user_that_another_middleware_found_stays(authenticator: AsyncAuthenti
     assert app.scopes[0]["user"] is somebody
 
 
+# paths
+
+
+@pytest.mark.parametrize(
+    ("root", "path", "status"),
+    [
+        ("", "/healthz", 200),
+        ("/api", "/api/healthz", 200),
+        ("/api", "/api/contracts", 401),
+        ("/api", "/xyz/healthz", 401),  # as long, and not it
+        ("/api", "/apix/healthz", 401),  # begins like it, and is another path
+        ("/api", "/apihealthz", 401),
+        ("/api/healthz", "/api", 401),
+    ],
+)
+def test_pitfall_35_a_root_path_is_taken_off_where_it_begins_the_path_and_nowhere_else(
+    authenticator: AsyncAuthenticator, root: str, path: str, status: int
+) -> None:
+    guarded = PapaoursAuthMiddleware(Recorded(), authenticator=authenticator, exempt=["/healthz"])
+    start, _ = run_asgi(guarded, http_scope(path, root_path=root))
+    assert start["status"] == status
+
+
 # the hot path
 
 

@@ -403,6 +403,72 @@ def test_a_fork_leaves_both_counting() -> None:
     run_alone(FORKED)
 
 
+FORKED_WHILE_LOCKED = """
+import os, signal, threading
+from papaours_auth import Reason, Refused
+from papaours_auth.throttle import Throttle
+
+throttle = Throttle("1/minute")
+held, go = threading.Event(), threading.Event()
+
+def hold():
+    with throttle._lock:
+        held.set()
+        go.wait()
+
+threading.Thread(target=hold).start()
+held.wait()
+threading.Timer(0.2, go.set).start()  # a fork may wait for the lock, or give the child a new one
+child = os.fork()
+signal.alarm(20)
+answers = [throttle.judge(Refused(Reason.UNKNOWN_KEY), "203.0.113.9").reason for _ in range(2)]
+assert answers == [Reason.UNKNOWN_KEY, Reason.TOO_MANY_FAILURES], answers
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_pitfall_22_a_fork_while_another_thread_counts_leaves_no_lock_that_nobody_opens() -> None:
+    run_alone(FORKED_WHILE_LOCKED, seconds=30)
+
+
+FORKED_WHILE_ALL_ASK = """
+import os, socket, threading
+from papaours_auth import Reason, Refused, throttle_redis
+from papaours_auth.throttle import Throttle
+
+throttle_redis._PATIENCE = 60.0  # however loaded this machine is
+silent = socket.create_server(("127.0.0.1", 0))  # a Redis that takes connections, and answers nothing
+silent.settimeout(20)
+port = silent.getsockname()[1]
+throttle = Throttle("1/minute", storage=f"redis://127.0.0.1:{port}/0?timeout=60")
+
+def ask():
+    throttle.judge(Refused(Reason.UNKNOWN_KEY), "203.0.113.9")
+
+asking = [threading.Thread(target=ask) for _ in range(8)]
+for thread in asking:
+    thread.start()
+taken = [silent.accept()[0] for _ in asking]  # as many as may wait for it
+child = os.fork()
+if child == 0:
+    ask()
+    os._exit(0)
+taken.append(silent.accept()[0])  # the child's: nobody waits there
+for connection in taken:
+    connection.close()
+silent.close()
+for thread in asking:
+    thread.join()
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_pitfall_22_a_child_asks_the_storage_though_all_who_may_were_waiting_in_its_parent() -> None:
+    run_alone(FORKED_WHILE_ALL_ASK, seconds=60)
+
+
 def test_our_memory_is_a_storage_of_limits(clock: ManualClock) -> None:
     windows, item = Windows(clock, threading.Lock()), parse("2/minute")
     limiter = FixedWindowRateLimiter(windows)
