@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pwd
+import shlex
 import sqlite3
 import subprocess
 import sys
@@ -56,7 +57,9 @@ class Shell:
     def export(self, result: Result) -> None:
         """Set what `init` printed."""
         for line in result.out.splitlines():
-            name, _, value = line.partition("=")
+            export, assignment = shlex.split(line)
+            assert export == "export"
+            name, _, value = assignment.partition("=")
             self._monkeypatch.setenv(name, value)
 
 
@@ -80,6 +83,11 @@ def shell(bare: Shell) -> Shell:
     return bare
 
 
+def write_private(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o600)
+
+
 def create(shell: Shell, *words: str, name: str = NAME, env: str = "prod") -> Result:
     return shell("key", "create", "--machine", MACHINE, "--name", name, "--env", env, *words)
 
@@ -88,8 +96,8 @@ def test_init_makes_a_private_pepper_and_a_store_and_prints_what_to_set(bare: Sh
     done = bare("init")
     assert done.code == 0
     assert done.out.splitlines() == [
-        f"PAPAOURS_STORE=sqlite:///{tmp_path}/papaours.db",
-        f"PAPAOURS_PEPPER_FILE={tmp_path}/papaours.pepper",
+        f"export PAPAOURS_STORE=sqlite:///{tmp_path}/papaours.db",
+        f"export PAPAOURS_PEPPER_FILE={tmp_path}/papaours.pepper",
     ]
     assert (tmp_path / "papaours.pepper").stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "papaours.db").stat().st_mode & 0o777 == 0o600
@@ -107,6 +115,11 @@ def test_init_again_keeps_what_is_there(bare: Shell, tmp_path: Path) -> None:
 
 def test_init_refuses_a_pepper_that_is_not_the_stores(bare: Shell, tmp_path: Path) -> None:
     bare("init")
+    done = bare("init", "--pepper-file", str(tmp_path / "other.pepper"))
+    assert done.code == 2
+    assert "has a pepper already" in done.err
+    assert not (tmp_path / "other.pepper").exists()
+    write_private(tmp_path / "other.pepper", new_pepper())
     done = bare("init", "--pepper-file", str(tmp_path / "other.pepper"))
     assert done.code == 2
     assert "not the one this store was made with" in done.err
@@ -290,8 +303,9 @@ def test_the_doctor_finds_a_healthy_estate_healthy(shell: Shell) -> None:
 
 def test_the_doctor_names_each_ailment(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "papaours.pepper").chmod(0o644)
-    assert "chmod 600" in shell("doctor").out
-    (tmp_path / "papaours.pepper").write_text(new_pepper())
+    exposed = shell("doctor")
+    assert (exposed.code, "chmod 600" in exposed.out) == (1, True)
+    write_private(tmp_path / "papaours.pepper", new_pepper())
     wrong = shell("doctor")
     assert (wrong.code, "not the one this store was made with" in wrong.out) == (1, True)
     monkeypatch.delenv("PAPAOURS_PEPPER_FILE")
@@ -350,10 +364,9 @@ def test_init_takes_another_store_and_tells_where_a_pepper_cannot_be(bare: Shell
 
 def test_the_doctor_tells_of_a_store_that_has_no_pepper_yet(bare: Shell, tmp_path: Path) -> None:
     open_store(f"sqlite:///{tmp_path}/papaours.db", create=True).close()
-    (tmp_path / "papaours.pepper").write_text(new_pepper())
-    (tmp_path / "papaours.pepper").chmod(0o600)
-    bare.export(Result(0, f"PAPAOURS_STORE=sqlite:///{tmp_path}/papaours.db", ""))
-    bare.export(Result(0, f"PAPAOURS_PEPPER_FILE={tmp_path}/papaours.pepper", ""))
+    write_private(tmp_path / "papaours.pepper", new_pepper())
+    bare.export(Result(0, f"export PAPAOURS_STORE=sqlite:///{tmp_path}/papaours.db", ""))
+    bare.export(Result(0, f"export PAPAOURS_PEPPER_FILE={tmp_path}/papaours.pepper", ""))
     done = bare("doctor")
     assert done.code == 0
     assert "the store has no pepper yet" in done.out

@@ -98,6 +98,7 @@ def test_pitfall_32_two_sources_of_peppers_are_one_too_many() -> None:
 
 def test_a_pepper_is_read_from_its_file(tmp_path: Path) -> None:
     (tmp_path / "pepper").write_text(new_pepper() + "\n")
+    (tmp_path / "pepper").chmod(0o600)
     assert peppers_from_environment({"PAPAOURS_PEPPER_FILE": str(tmp_path / "pepper")}).primary.id == "p1"
 
 

@@ -10,92 +10,119 @@ from __future__ import annotations
 import argparse
 import contextlib
 import getpass
-import io
 import json
 import os
 import pwd
 import re
 import shlex
-import stat
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, Literal, TypeVar
+from urllib.parse import quote
 
 from . import __version__
+from . import cli_streams as streams
 from ._middleware import STORE_VARIABLE, store_url
 from .authenticator import Authenticator
+from .cli_streams import as_json, out, say
 from .digest import (
     PEPPER_FILE_VARIABLE,
+    PEPPER_VARIABLE,
     new_pepper,
     parse_peppers,
     peppers_from_environment,
 )
-from .exceptions import AdministrationError, ConfigurationError, InvalidInput, Refused, StoreUnavailable
+from .exceptions import (
+    AdministrationError,
+    ConfigurationError,
+    InvalidInput,
+    PapaoursAuthError,
+    Refused,
+    StoreUnavailable,
+)
 from .format import KeyFormat, Secret
 from .http import render
 from .keys import Keys, NewKey
 from .model import Key, Machine
 from .names import unclear
-from .stores import open_store
+from .pepper_file import advice_on_git, read_pepper_file, write_pepper_file
+from .stores import Store, open_store
 from .stores.sqlite import path_of
 
 FINE, REFUSED, USAGE, UNAVAILABLE, UNWRITTEN = 0, 1, 2, 3, 4
 _T = TypeVar("_T")
+Kind = Literal["change", "check", "list"]
+"""What is left of a command whose answer cannot be written: something done, a verdict nobody got, or nothing."""
 _SPAN: Final = re.compile(r"(\d{1,6})([mhdw])")
 _UNITS: Final = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no "…" must not cost anybody a key
-            stream.reconfigure(errors="backslashreplace")
+    streams.prepare()
     try:
-        options = _parser().parse_args([_well_formed(word) for word in arguments or sys.argv[1:]])
-        code: int = options.run(options)
-        sys.stdout.flush()
+        return _main(sys.argv[1:] if arguments is None else arguments)
+    finally:
+        streams.finish()
+
+
+def _main(arguments: Sequence[str]) -> int:
+    # What --help and --version leave to be written is written as a list is.
+    kind: Kind = "list"
+    code: int = FINE
+    try:
+        options = _parser().parse_args([_well_formed(word) for word in arguments])
+        kind = options.kind
+        code = options.run(options)
+        streams.flush()
+    except SystemExit as end:  # argparse has said what there is to say
+        return _ended(end.code if isinstance(end.code, int) else FINE)
+    except streams.Unwritten as error:
+        return _unwritten(error, kind, code)
     except (ConfigurationError, InvalidInput) as error:
         return _fail(USAGE, error)
     except AdministrationError as error:
         return _fail(REFUSED, error)
     except StoreUnavailable as error:
         return _fail(UNAVAILABLE, error)
-    except BrokenPipeError:  # `papaours-auth key list | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FINE
-    except OSError as error:  # a full disk behind a redirection
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _say(
-            f"papaours-auth: the answer could not be written ({error.strerror}), though what was asked is done"
+    except OSError as error:
+        return _fail(
+            USAGE, f"the system refused what this needs ({error.strerror}): {error.filename or 'no file'}"
         )
-        return UNWRITTEN
     except KeyboardInterrupt:
         return 130
     return code
 
 
-def _well_formed(word: str) -> str:
+def _ended(code: int) -> int:
     try:
-        word.encode()
-    except UnicodeEncodeError:
-        raise InvalidInput("an argument is not UTF-8 text: check your terminal's encoding") from None
-    return word
-
-
-def _fail(code: int, error: Exception) -> int:
-    _say(f"papaours-auth: {error}")
+        streams.flush()
+    except streams.Unwritten as error:
+        return _unwritten(error, "list", code)
     return code
 
 
-def _say(text: str) -> None:
-    """Tell a person something: on standard error, so that standard output stays for programs."""
-    print(text, file=sys.stderr)  # noqa: T201 - a command line prints
+def _unwritten(error: streams.Unwritten, kind: Kind, code: int) -> int:
+    """Give the exit code of a command whose answer could not be written: never one that says more than is true."""
+    if code == FINE and kind == "list" and error.reader_gone:
+        return FINE  # `papaours-auth key list | head`: the reader has seen enough
+    done = "what was asked is done, but " if kind == "change" else ""
+    say(f"papaours-auth: {done}the answer could not be written ({error})")
+    return code or UNWRITTEN
 
 
-def _out(text: str) -> None:
-    print(text)  # noqa: T201 - a command line prints
+def _well_formed(word: str) -> str:
+    try:
+        return os.fsencode(word).decode("utf-8")  # also where the locale knows ASCII alone
+    except UnicodeError:
+        raise InvalidInput("an argument is not UTF-8 text: check your terminal's encoding") from None
+
+
+def _fail(code: int, error: object) -> int:
+    say(f"papaours-auth: {error}")
+    return code
 
 
 # init and doctor
@@ -104,36 +131,49 @@ def _out(text: str) -> None:
 def _init(options: argparse.Namespace) -> int:
     url = options.store or os.environ.get(STORE_VARIABLE) or "sqlite:///papaours.db"
     if url.startswith("sqlite:"):
-        url = f"sqlite:///{path_of(url).absolute()}"
-    pepper_file = Path(options.pepper_file).absolute()
-    made = _write_pepper(pepper_file)
-    with (
-        contextlib.closing(open_store(url, create=True)) as store,
-        Keys(store, peppers=parse_peppers(pepper_file.read_text(encoding="utf-8")), actor=_actor()),
-    ):
-        pass  # opening it records the pepper, or finds that it is not this store's
-    _say(
-        f"{'Made' if made else 'Kept'} the pepper in {pepper_file}. Without it no key can be verified: back it up."
-    )
-    _say("The store is ready. Set these where your app runs:")
-    _out(f"{STORE_VARIABLE}={shlex.quote(url)}")
-    _out(f"{PEPPER_FILE_VARIABLE}={shlex.quote(str(pepper_file))}")
+        url = "sqlite:///" + quote(os.fsencode(path_of(url).absolute()))
+    pepper_file = _pepper_file(options)
+    with contextlib.closing(open_store(url, create=True)) as store:
+        if pepper_file is not None and _make_pepper(pepper_file, store):
+            say(f"Made the pepper in {pepper_file}. Without it no key can be verified: back it up.")
+        elif pepper_file is not None:
+            say(f"Kept the pepper in {pepper_file}.")
+        peppers = parse_peppers(read_pepper_file(pepper_file)) if pepper_file else peppers_from_environment()
+        Keys(
+            store, peppers=peppers, actor=_actor()
+        )  # records the pepper, or finds that it is not this store's
+    if pepper_file is not None and (advice := advice_on_git(pepper_file)) is not None:
+        say(f"Warning: {advice}")
+    say("The store is ready. Your app needs what follows in its environment; a shell sets it by:")
+    say('  eval "$(papaours-auth init)"')
+    streams.out_raw(f"export {STORE_VARIABLE}={shlex.quote(url)}")
+    if pepper_file is not None:
+        streams.out_raw(f"export {PEPPER_FILE_VARIABLE}={shlex.quote(str(pepper_file))}")
     return FINE
 
 
-def _write_pepper(path: Path) -> bool:
-    try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    except FileExistsError:
+def _pepper_file(options: argparse.Namespace) -> Path | None:
+    """Return where the pepper is or is to be; None where PAPAOURS_PEPPER holds it."""
+    named = options.pepper_file or os.environ.get(PEPPER_FILE_VARIABLE)
+    if os.environ.get(PEPPER_VARIABLE):
+        if named:
+            raise ConfigurationError(
+                f"{PEPPER_VARIABLE} is set, and a pepper file is named: keep one of them"
+            )
+        return None
+    return Path(named or "papaours.pepper").absolute()
+
+
+def _make_pepper(path: Path, store: Store) -> bool:
+    """Make a pepper unless its file is there; another one would be of no use to a store that has its own."""
+    if os.path.lexists(path):
         return False
-    except OSError as error:
+    if store.describe().peppers:
         raise ConfigurationError(
-            f"the pepper file {path} cannot be made ({error.strerror}): check the folder and its owner"
-        ) from None
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        file.write(new_pepper() + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+            f"this store has a pepper already, and {path} is not there: name the file that holds it by "
+            f"--pepper-file or {PEPPER_FILE_VARIABLE}"
+        )
+    write_pepper_file(path, new_pepper() + "\n")
     return True
 
 
@@ -149,7 +189,7 @@ def _doctor(options: argparse.Namespace) -> int:
             found, mark, worst = str(error), "FAILED", max(worst, UNAVAILABLE)
         except ConfigurationError as error:
             found, mark, worst = str(error), "FAILED", max(worst, REFUSED)
-        _out(f"{mark:8} {what:10} {found}")
+        out(f"{mark:8} {what:10} {found}")
     return worst
 
 
@@ -159,9 +199,6 @@ class _Warning(Exception):
 
 def _check_pepper(_: argparse.Namespace) -> str:
     ring = peppers_from_environment()
-    path = os.environ.get(PEPPER_FILE_VARIABLE)
-    if path and Path(path).stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise _Warning(f"others may read {path}: chmod 600 it")
     return f"{len(ring.peppers)} given: {', '.join(pepper.id for pepper in ring.peppers)}"
 
 
@@ -267,6 +304,7 @@ def _machine_fields(machine: Machine) -> dict[str, str]:
 
 
 def _key_create(options: argparse.Namespace) -> int:
+    streams.check_reader()
     with _keys(options) as keys:
         new = keys.create_key(
             options.machine,
@@ -282,36 +320,43 @@ def _key_create(options: argparse.Namespace) -> int:
 
 
 def _key_rotate(options: argparse.Namespace) -> int:
+    streams.check_reader()
     with _keys(options) as keys:
         old = keys.key(options.key)
         new = keys.rotate_key(old.id, name=options.name, expires=_expiry(options.expires))
         fields = _key_fields(keys)(new.key)
     _show_new(new, fields, options)
-    _say(f"The old key still works: papaours-auth key disable {old.id}, once nothing uses it.")
+    say(f"The old key still works: papaours-auth key disable {old.id}, once nothing uses it.")
     return FINE
 
 
 def _show_new(new: NewKey, fields: dict[str, str], options: argparse.Namespace) -> None:
+    """Show a key just made. One whose text nobody got is disabled: no key is active that nobody has."""
     _warn_unclear(new.key)
     try:
         _print_new(new, fields, options)
-        sys.stdout.flush()
-    except OSError:
-        _say(
-            f"The text of {new.key.id} could not be written, and cannot be shown again: disable it, make another."
-        )
+        streams.flush()
+    except streams.Unwritten:
+        lost = f"The text of {new.key.id} could not be written, and cannot be shown again"
+        try:
+            with _keys(options) as keys:
+                keys.disable_key(new.key.id)
+        except PapaoursAuthError:
+            say(f"{lost}. Disable it, and make another: papaours-auth key disable {new.key.id}")
+        else:
+            say(f"{lost}, so the key was disabled: make another.")
         raise
 
 
 def _print_new(new: NewKey, fields: dict[str, str], options: argparse.Namespace) -> None:
     if options.quiet:
-        _out(new.secret.reveal())
+        out(new.secret.reveal())
     elif options.json:
-        _out(json.dumps({**fields, "key": new.secret.reveal()}, ensure_ascii=False))
+        out(as_json({**fields, "key": new.secret.reveal()}))
     else:
         _table([fields])
-        _say("\nThe key, shown this once. It is secret in spite of its pk_: keep it in a vault.")
-        _out(new.secret.reveal())
+        say("\nThe key, shown this once. It is secret in spite of its pk_: keep it in a vault.")
+        out(new.secret.reveal())
 
 
 def _key_import(options: argparse.Namespace) -> int:
@@ -343,7 +388,7 @@ def _key_show(options: argparse.Namespace) -> int:
         _show([key], _key_fields(keys), options)
         if not options.json:
             for change in keys.journal(key.id):
-                _out(f"{_time(change.at)}  {change.kind}  by {change.actor}")
+                out(f"{_time(change.at)}  {change.kind}  by {change.actor}")
     return FINE
 
 
@@ -377,15 +422,15 @@ def _key_verify(options: argparse.Namespace) -> int:
         except Refused as refused:
             answer = render(refused)
             if options.json:
-                _out(json.dumps({"accepted": False, "reason": refused.reason, "status": answer.status}))
+                out(as_json({"accepted": False, "reason": refused.reason, "status": answer.status}))
             else:
-                _out(f"refused: {refused.reason} ({answer.status}). {json.loads(answer.body)['detail']}")
+                out(f"refused: {refused.reason} ({answer.status}). {json.loads(answer.body)['detail']}")
             return UNAVAILABLE if answer.status == 503 else REFUSED
     if options.json:
         known = {"id": identity.key.id, "machine": identity.machine.id, "rights": sorted(identity.rights)}
-        _out(json.dumps({"accepted": True, **known}, ensure_ascii=False))
+        out(as_json({"accepted": True, **known}))
     else:
-        _out(f"accepted: {identity.key.name} ({identity.key.id}), of {identity.machine.name}")
+        out(f"accepted: {identity.key.name} ({identity.key.id}), of {identity.machine.name}")
     return FINE
 
 
@@ -409,13 +454,16 @@ def _key_fields(keys: Keys) -> Callable[[Key], dict[str, str]]:
 def _warn_unclear(key: Key) -> None:
     lack = unclear(key.name)
     if lack is not None:
-        _say(f"The name of {key.id} is not clear: {lack}. 'papaours-auth key rename' changes it.")
+        say(f"The name of {key.id} is not clear: {lack}. 'papaours-auth key rename' changes it.")
 
 
 def _read_key() -> Secret:
-    if sys.stdin.isatty():
-        return Secret(getpass.getpass("Key (not shown): ").strip())
-    return Secret(sys.stdin.buffer.read(10_000).decode("utf-8", "replace").strip())
+    if sys.stdin is not None and sys.stdin.isatty():
+        try:
+            return Secret(getpass.getpass("Key (not shown): ").strip())
+        except EOFError:
+            raise InvalidInput("no key was typed") from None
+    return Secret(streams.read_input())
 
 
 def _expiry(text: str | None) -> datetime | timedelta | None:
@@ -471,17 +519,17 @@ def _show(
     rows = [fields(item) for item in items]
     if options.json:
         for row in rows:
-            _out(json.dumps(row, ensure_ascii=False))
+            out(as_json(row))
     elif rows:
         _table(rows)
     else:
-        _say(empty)
+        say(empty)
 
 
 def _table(rows: Sequence[dict[str, str]]) -> None:
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
     for row in ({name: name for name in widths}, *rows):
-        _out("  ".join(row[name].ljust(width) for name, width in widths.items()).rstrip())
+        out("  ".join(row[name].ljust(width) for name, width in widths.items()).rstrip())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -505,9 +553,11 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     command = _command(commands, "init", _init, [store], "make a pepper (0600) and a store")
-    command.add_argument("--pepper-file", metavar="PATH", default="papaours.pepper")
-    _command(commands, "doctor", _doctor, [store], "check pepper, store and keys")
-    command = _command(commands, "demo", _demo, [], "run two protected apps and call them")
+    command.add_argument(
+        "--pepper-file", metavar="PATH", help=f"default: {PEPPER_FILE_VARIABLE}, else papaours.pepper"
+    )
+    _command(commands, "doctor", _doctor, [store], "check pepper, store and keys", "check")
+    command = _command(commands, "demo", _demo, [], "run two protected apps and call them", "check")
     command.add_argument("--keep", action="store_true", help="leave the servers up")
 
     machines = _group(commands, "machine", "machines and their rights")
@@ -522,9 +572,10 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="contrats:lecture[@org-a,org-b]; may be repeated",
     )
-    _command(machines, "list", _machine_list, [listed], "list machines")
+    _command(machines, "list", _machine_list, [listed], "list machines", "list")
+    command = _command(machines, "show", _machine_show, [listed], "show a machine and its keys", "list")
+    command.add_argument("machine", metavar="MACHINE", help="its id or exact name")
     for name, run, text in (
-        ("show", _machine_show, "show a machine and its keys"),
         ("disable", _machine_disable, "refuse all its keys from now on"),
         ("enable", _machine_enable, "let its keys in again"),
     ):
@@ -547,24 +598,25 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--machine", required=True, metavar="M", help="its id or exact name")
     command.add_argument("--name", required=True, help="its label: environment, system, version")
     command.add_argument("--env", metavar="ENV", help="default: the one the key names")
-    command = _command(keys, "list", _key_list, [listed], "list keys")
+    command = _command(keys, "list", _key_list, [listed], "list keys", "list")
     command.add_argument("--machine", metavar="M", help="of this machine alone")
     command = _command(keys, "rename", _key_rename, [listed], "change a key's label")
     command.add_argument("key", metavar="KEY", help="its id or exact name")
     command.add_argument("name", metavar="NAME")
+    command = _command(keys, "show", _key_show, [listed], "show a key and its history", "list")
+    command.add_argument("key", metavar="KEY", help="its id or exact name")
     for name, run, text in (
-        ("show", _key_show, "show a key and its history"),
         ("disable", _key_disable, "refuse it from now on"),
         ("enable", _key_enable, "let it in again"),
     ):
         command = _command(keys, name, run, [listed], text)
         command.add_argument("key", metavar="KEY", help="its id or exact name")
-    command = _command(keys, "verify", _key_verify, [listed], "verify the key on standard input")
+    command = _command(keys, "verify", _key_verify, [listed], "verify the key on standard input", "check")
     command.add_argument(
         "--env", metavar="ENV", help="the environment to accept; default: the one the key names"
     )
     command.add_argument("--client", metavar="ADDRESS", help="the caller's address")
-    command.add_argument("--needs", metavar="RIGHT", action="append", default=[])
+    command.add_argument("--needs", metavar="RIGHT", action="append")
 
     from .cli_signs import add_signs  # both import this module
     from .cli_usage import add_usage
@@ -587,7 +639,8 @@ def _command(
     run: Callable[[argparse.Namespace], int],
     parents: list[argparse.ArgumentParser],
     text: str,
+    kind: Kind = "change",
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=text, parents=parents)
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, kind=kind)
     return command

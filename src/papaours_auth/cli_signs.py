@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Final, Literal
 
-from .cli import _SPAN, _UNITS, FINE, _command, _out, _say, _table, _time
+from .cli import _SPAN, _UNITS, FINE, _command, _table, _time
+from .cli_streams import as_json, flush, out, say
 from .cli_usage import USAGE_VARIABLE, usage_url
 from .exceptions import InvalidInput
 from .usage.alerts import FOREVER, TITLES, Alert, Sign
@@ -33,7 +32,7 @@ def add_signs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--json", action="store_true", default=argparse.SUPPRESS, help="one JSON object a line"
     )
     text = "look for signs of compromise in what was recorded, and list the alerts"
-    signs = _command(commands, "signs", _signs, [usage], text)
+    signs = _command(commands, "signs", _signs, [usage], text, "list")
     signs.add_argument("--since", metavar="WHEN", default="7d", help="90d, 12h, or a time; default: 7d")
     signs.add_argument("--sign", choices=[sign.value for sign in Sign], help="of this sign alone")
     signs.add_argument("--follow", action="store_true", help="go on, and print each alert as it comes")
@@ -43,7 +42,7 @@ def add_signs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         ("mute", _mute, "stay silent about an alert's sign for its key or network; it stays in the list"),
         ("unmute", _unmute, "end a muting"),
     ):
-        command = _command(group, name, run, [usage], words)
+        command = _command(group, name, run, [usage], words, "list" if name == "show" else "change")
         command.add_argument("alert", metavar="ID", type=int, help="the alert's number")
         if name == "mute":
             command.add_argument("--for", dest="span", metavar="SPAN", help="30d, 12h; default: for ever")
@@ -68,7 +67,7 @@ def follow(options: argparse.Namespace, sign: Sign | None, wait: Wait | None = N
         watch.catch_up()
         alerts, place = watch.news(place)
         _print([alert for alert in alerts if sign is None or alert.sign is sign], options, empty=False)
-        sys.stdout.flush()
+        flush()
         pause(_EVERY)
 
 
@@ -78,11 +77,11 @@ def _show(options: argparse.Namespace) -> int:
         _print([alert], options)
         return FINE
     language = _language()
-    _out(f"{TITLES[alert.sign][language]} ({alert.severity})")
+    out(f"{TITLES[alert.sign][language]} ({alert.severity})")
     for name, value in _fields(alert).items():
-        _out(f"  {name:10} {value}")
+        out(f"  {name:10} {value}")
     for number, step in enumerate(alert.next_steps(language), 1):
-        _out(f"{number}. {step}")
+        out(f"{number}. {step}")
     return FINE
 
 
@@ -105,12 +104,12 @@ def _print(alerts: Iterable[Alert], options: argparse.Namespace, *, empty: bool 
     listed = list(alerts)
     if getattr(options, "json", False):
         for alert in listed:
-            _out(json.dumps(_as_json(alert), ensure_ascii=False))
+            out(as_json(_as_json(alert)))
     elif listed:
         _table([_fields(alert) for alert in listed])
-        _say("What to do: papaours-auth signs show ID. To be silent about one: papaours-auth signs mute ID.")
+        say("What to do: papaours-auth signs show ID. To be silent about one: papaours-auth signs mute ID.")
     elif empty:
-        _say("No sign of compromise.")
+        say("No sign of compromise.")
 
 
 def _fields(alert: Alert) -> dict[str, str]:

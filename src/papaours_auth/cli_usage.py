@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +11,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Final, Self, TypeAlias
 
 from ._middleware import STORE_VARIABLE
-from .cli import _SPAN, _UNITS, FINE, _command, _group, _keys, _out, _say, _table, _time
+from .cli import _SPAN, _UNITS, FINE, _command, _group, _keys, _table, _time
+from .cli_streams import as_json, out, say
 from .exceptions import ConfigurationError, InvalidInput, NotFound
 from .model import Key, Machine
 from .usage import Event
@@ -114,12 +114,12 @@ def _show(rows: Iterable[_Row], options: argparse.Namespace, empty: str) -> None
     found = list(rows)
     if options.json:
         for row in found:
-            _out(json.dumps(row, ensure_ascii=False, default=_plain))
+            out(as_json(row, _plain))
     elif found:
         columns = dict.fromkeys(name for row in found for name in row)
         _table([{name: _cell(row.get(name)) for name in columns} for row in found])
     else:
-        _say(empty)
+        say(empty)
 
 
 def _plain(value: object) -> str:
@@ -237,7 +237,7 @@ def _history(options: argparse.Namespace) -> int:
         map(_event, events) if not options.json else map(_whole, events), options, "No such call is recorded."
     )
     if cursor is not None:
-        _say(f"There may be more: --cursor {cursor}")
+        say(f"There may be more: --cursor {cursor}")
     return FINE
 
 
@@ -265,7 +265,7 @@ def _series(options: argparse.Namespace) -> int:
     key, machine = _subject(options, usage)
     points = usage.series(key, options.step, since, _since(options.until), machine_id=machine)
     if points and not options.json:
-        _out(_draw(points, options.step, since))
+        out(_draw(points, options.step, since))
     _show(
         ({"start": start, "calls": calls} for start, calls in points), options, "No call is recorded since."
     )
@@ -329,10 +329,10 @@ def _still(use: StillUsed, estate: _Estate) -> _Row:
 
 
 def _show_users(use: StillUsed) -> None:
-    _out(f"{use.key_id} was used after {_time(use.since)}: {use.calls} calls, the last {_time(use.last)}\n")
+    out(f"{use.key_id} was used after {_time(use.since)}: {use.calls} calls, the last {_time(use.last)}\n")
     for name, counts in (("address", use.addresses), ("route", use.routes)):
         _table([{column: _cell(value) for column, value in row.items()} for row in _counts(counts, name)])
-        _out("")
+        out("")
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -348,11 +348,11 @@ def _report(options: argparse.Namespace) -> int:
     if options.json:
         _show([_reported(report, name, keys)], options, "")
         return FINE
-    _out(f"{name or report.machine_id}: {report.calls} calls since {_time(report.since)}")
+    out(f"{name or report.machine_id}: {report.calls} calls since {_time(report.since)}")
     if report.days:
-        _out(_draw(report.days, "day", report.since))
+        out(_draw(report.days, "day", report.since))
     for rows in _parts(report, keys):
-        _out("")
+        out("")
         _show(rows, options, "")
     return FINE
 
@@ -401,13 +401,13 @@ def add_usage(
     """Add ``usage`` and its questions to the command line."""
     questions = _group(commands, "usage", "questions about the use of keys")
     parents = [listed, usage_option()]
-    command = _command(questions, "last-used", _last_used, parents, "when keys were last used")
+    command = _command(questions, "last-used", _last_used, parents, "when keys were last used", "list")
     command.add_argument("key", metavar="KEY", nargs="?", help="its id or exact name; default: all")
-    command = _command(questions, "unused", _unused, parents, "list keys that nobody uses")
+    command = _command(questions, "unused", _unused, parents, "list keys that nobody uses", "list")
     command.add_argument("--machine", metavar="M", help="of this machine alone")
     _add_since(command, "90d")
 
-    command = _command(questions, "history", _history, parents, "list calls, the newest first")
+    command = _command(questions, "history", _history, parents, "list calls, the newest first", "list")
     for name, letter in (("--key", "K"), ("--machine", "M"), ("--address", "A"), ("--route", "R")):
         command.add_argument(name, metavar=letter)
     command.add_argument("--status", metavar="N", type=int)
@@ -416,7 +416,7 @@ def add_usage(
     _add_limit(command, 50)
     command.add_argument("--cursor", metavar="C", help="go on where an earlier answer ended")
 
-    command = _command(questions, "series", _series, [*parents, _subjects()], "count calls over time")
+    command = _command(questions, "series", _series, [*parents, _subjects()], "count calls over time", "list")
     command.add_argument("--step", choices=list(STEPS), default="hour")
     _add_since(command, "1d")
     _add_until(command)
@@ -424,17 +424,17 @@ def add_usage(
         ("routes", _routes, "count calls by route"),
         ("addresses", _addresses, "count calls by address"),
     ):
-        command = _command(questions, name, run, [*parents, _subjects()], text)
+        command = _command(questions, name, run, [*parents, _subjects()], text, "list")
         _add_since(command, "30d")
         _add_until(command)
         _add_limit(command, 20)
 
     command = _command(
-        questions, "still-used", _still_used, parents, "who still uses a key that was replaced"
+        questions, "still-used", _still_used, parents, "who still uses a key that was replaced", "list"
     )
     command.add_argument("key", metavar="KEY", nargs="?", help="its id or exact name; default: all")
     _add_since(command, None)
-    command = _command(questions, "report", _report, parents, "sum up a machine's use")
+    command = _command(questions, "report", _report, parents, "sum up a machine's use", "list")
     command.add_argument("machine", metavar="MACHINE", help="its id or exact name")
     _add_since(command, "30d")
     _add_limit(command, 10)

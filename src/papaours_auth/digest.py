@@ -16,10 +16,10 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from .exceptions import ConfigurationError
+from .pepper_file import read_pepper_file
 
 if TYPE_CHECKING:
     from hashlib import _Hash as HASH
@@ -251,13 +251,7 @@ def peppers_from_environment(environ: Mapping[str, str] | None = None) -> Pepper
             f"{PEPPER_VARIABLE} and {PEPPER_FILE_VARIABLE} are both set, and could differ: keep one"
         )
     if path:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(
-                f"the pepper file {path} cannot be read ({type(error).__name__}): "
-                f"check {PEPPER_FILE_VARIABLE} and the file's owner"
-            ) from None
+        text = read_pepper_file(path)
     if not text.strip():
         raise ConfigurationError(f"no pepper: set {PEPPER_VARIABLE} or {PEPPER_FILE_VARIABLE}; {_REMEDY}")
     return parse_peppers(text)

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeAlias, TypeVar, cast
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote_to_bytes
 
 from .._fork import hold_across_fork
 from ..digest import PepperStatus
@@ -99,7 +99,7 @@ def open_async_store(url: str, create: bool) -> AsyncSQLiteStore:
 def path_of(url: str) -> Path:
     """Give the file an ``sqlite:///`` URL names. Raises `ConfigurationError`."""
     rest = url.removeprefix("sqlite://")
-    path = unquote(rest[1:])
+    path = os.fsdecode(unquote_to_bytes(os.fsencode(rest[1:])))
     if not rest.startswith("/") or not path or "?" in rest or path.startswith(":memory:") or "\0" in path:
         raise ConfigurationError(
             "an SQLite store is a file: sqlite:///relative.db or sqlite:////absolute.db, without options "

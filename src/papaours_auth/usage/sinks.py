@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
-from urllib.parse import unquote
+from urllib.parse import unquote_to_bytes
 
 from ..exceptions import ConfigurationError
 from .event import Event, Refusals
@@ -88,7 +89,7 @@ def is_sql(url: str) -> bool:
 
 def file_of(url: str) -> Path:
     """Give the file an ``sqlite:///`` URL names. Raises `ConfigurationError`."""
-    path = unquote(url.removeprefix("sqlite:///"))
+    path = os.fsdecode(unquote_to_bytes(os.fsencode(url.removeprefix("sqlite:///"))))
     if not url.startswith("sqlite:///") or not path or "?" in path or "\0" in path or path == ":memory:":
         raise ConfigurationError(
             "usage goes to an SQLite file (sqlite:///usage.db), PostgreSQL, MySQL or MariaDB, or a Sink of yours"
