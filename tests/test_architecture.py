@@ -24,7 +24,7 @@ NAMES = {path: str(path.relative_to(SOURCE)) for path in FILES}
 # From the inside out (design 2). A module may import from its own layer and those before it.
 LAYERS = [
     {"exceptions.py", "_fork.py", "_patience.py", "names.py"},
-    {"format.py", "digest.py", "model.py", "verify.py", "http.py"},
+    {"format.py", "digest.py", "model.py", "pepper_file.py", "verify.py", "http.py"},
     {
         "stores/__init__.py",
         "stores/records.py",
@@ -98,6 +98,7 @@ LAYERS = [
         "flask.py",
         "cli.py",
         "cli_signs.py",
+        "cli_streams.py",
         "cli_usage.py",
         "demo.py",
         "__main__.py",
