@@ -23,7 +23,7 @@ NAMES = {path: str(path.relative_to(SOURCE)) for path in FILES}
 
 # From the inside out (design 2). A module may import from its own layer and those before it.
 LAYERS = [
-    {"exceptions.py", "_fork.py", "_patience.py", "names.py"},
+    {"exceptions.py", "_fork.py", "_patience.py", "_threads.py", "names.py"},
     {"format.py", "digest.py", "model.py", "pepper_file.py", "verify.py", "http.py"},
     {
         "stores/__init__.py",

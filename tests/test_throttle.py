@@ -470,7 +470,7 @@ def test_pitfall_22_a_child_asks_the_storage_though_all_who_may_were_waiting_in_
 
 
 def test_our_memory_is_a_storage_of_limits(clock: ManualClock) -> None:
-    windows, item = Windows(clock, threading.Lock()), parse("2/minute")
+    windows, item = Windows(clock), parse("2/minute")
     limiter = FixedWindowRateLimiter(windows)
     assert [limiter.hit(item, "a") for _ in range(3)] == [True, True, False]
     assert limiter.test(item, "b")

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Final, Generic, Literal, NamedTuple, Self, TypedDict, TypeVar, Unpack, cast
 
-from ._fork import hold_across_fork
+from ._fork import hold_across_fork, notice_fork
 from ._patience import Bound, Patience
 from .cache import NEVER, Cache, Clock, Entry, Told
 from .digest import PepperRing, peppers_from_environment
@@ -216,7 +216,11 @@ class _Engine(Generic[_F]):
     # the steps of an uncached call
 
     def _recall(self, presented: bytes) -> tuple[bytes, Entry | None]:
-        """Give a key's hash, and what the cache believes of it: unknown keys too."""
+        """Give a key's hash, and what the cache believes of it: unknown keys too.
+
+        Here a fork is noticed, not on a hit: the cache of a child that has not noticed loses its trust by itself.
+        """
+        notice_fork()
         hashed = self._keyed_hash()
         hashed.update(presented)
         digest = hashed.digest()
@@ -340,6 +344,7 @@ class _Engine(Generic[_F]):
 
         Raises `StoreUnavailable`.
         """
+        notice_fork()
         with self._starting:
             watcher = self._watcher
             if watcher is None:
@@ -363,6 +368,7 @@ class _Engine(Generic[_F]):
                     self._watcher.start()
 
     def _stop_watching(self) -> None:
+        notice_fork()
         with self._starting:
             watcher, self._watcher = self._watcher, None
         if watcher is not None:
@@ -386,6 +392,7 @@ class _Engine(Generic[_F]):
 
     def health(self) -> Health:
         """Tell how it is. Asks nobody: cheap enough for any health check."""
+        notice_fork()
         breaker, now = self._breaker, self._monotonic()
         return Health(
             ok=self._checked and not breaker.is_open and not self._is_contradicted(now),

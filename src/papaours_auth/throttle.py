@@ -13,10 +13,11 @@ import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Final
 
-from ._fork import hold_across_fork
+from ._fork import hold_across_fork, notice_fork
+from ._threads import Threads
 from .cache import Clock
 from .exceptions import ConfigurationError, Reason, Refused
 from .usage.event import network_of
@@ -42,7 +43,7 @@ REST: Final = "other"
 """All networks beyond ``max_networks``, counted as one."""
 _PAUSE: Final = 5.0  # seconds for which a storage that did not answer is not asked
 _network_of: Final = lru_cache(1_024)(network_of)  # who fails comes again: 8 µs less of 11
-_ASKERS: Final = 8  # threads that may wait for it at once: others do without
+_ASKERS: Final = 8  # calls that may wait for it at once: others do without
 
 
 @dataclass(slots=True)
@@ -76,17 +77,21 @@ class Throttle:
 
         if max_networks < 1:
             raise ConfigurationError("max_networks of a Throttle must be above 0")
-        self._lock = threading.Lock()  # never held across I/O
-        self._limiter = open_limiter(limit, storage, clock, self._lock)
+        self._limiter = open_limiter(limit, storage, clock)
         self._remote = storage != "memory://"
         self._max_networks = max_networks
         self._monotonic = clock.monotonic
         self._networks: OrderedDict[str, _Network] = OrderedDict()  # the first to end comes first
         self._rest = _Network(math.inf)
-        self._askers = threading.Semaphore(_ASKERS)
+        self._threads = Threads(_ASKERS, name="papaours-throttle")
         self._ask_again = 0.0
         self._failing = False
+        self._reset()
         hold_across_fork(self)
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()  # never held across I/O
+        self._askers = threading.Semaphore(_ASKERS)
 
     def judge(self, refused: Refused, client: str | None) -> Refused:
         """Count a refusal, and give it back, or `too_many_failures` in its place. Never raises."""
@@ -96,7 +101,7 @@ class Throttle:
         return _verdict(refused, wait or self._count(name))
 
     async def ajudge(self, refused: Refused, client: str | None) -> Refused:
-        """See `judge`. A storage elsewhere is waited for in a thread."""
+        """See `judge`. A storage elsewhere is waited for in a thread of the throttle's own."""
         if refused.reason not in COUNTED:
             return refused
         name, wait = self._look(client)
@@ -106,6 +111,7 @@ class Throttle:
 
     def _look(self, client: str | None) -> tuple[str, float]:
         """Give the name a client's failures are counted by, and for how long (seconds) it is known to be blocked."""
+        notice_fork()
         network, now = _network_of(client), self._monotonic()
         with self._lock:
             self._forget(now)
@@ -121,7 +127,11 @@ class Throttle:
 
     def _count(self, name: str) -> float:
         """Count one failure; give for how long (seconds) the network is blocked, 0 where it is not."""
-        wait = self._ask(name) if self._remote else self._limiter.hit(name)
+        if self._remote:
+            wait = self._ask(name)
+        else:
+            with self._lock:
+                wait = self._limiter.hit(name)
         if wait:
             with self._lock:
                 known = self._rest if name == REST else self._networks.get(name)
@@ -130,10 +140,10 @@ class Throttle:
         return wait
 
     async def _acount(self, name: str) -> float:
-        try:
-            return await asyncio.to_thread(self._count, name)
-        except RuntimeError:  # the loop ends, and gives no thread any more
-            return 0.0
+        asked = (
+            self._threads.ask(partial(self._count, name)) if self._monotonic() >= self._ask_again else None
+        )
+        return 0.0 if asked is None else await asyncio.wrap_future(asked)
 
     def _ask(self, name: str) -> float:
         """Count in a storage elsewhere: with a bound on the time, and on who waits for it."""
@@ -168,8 +178,9 @@ class Throttle:
     def after_fork(self, *, child: bool) -> None:
         """Go on, each for itself; who waited in the parent does not wait in a child."""
         if child:
-            self._askers = threading.Semaphore(_ASKERS)
-        self._lock.release()
+            self._reset()
+        else:
+            self._lock.release()
 
 
 def _verdict(refused: Refused, wait: float) -> Refused:

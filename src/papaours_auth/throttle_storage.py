@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
@@ -42,7 +41,7 @@ class Limiter:
         return min(max(left, 1.0), float(self.window))
 
 
-def open_limiter(limit: str, storage: str, clock: Clock, lock: threading.Lock) -> Limiter | RedisLimiter:
+def open_limiter(limit: str, storage: str, clock: Clock) -> Limiter | RedisLimiter:
     """Open a limit such as ``"30/minute"`` over a storage. Raises `ConfigurationError`, which quotes no URL."""
     try:
         (item,) = parse_many(limit)  # which `parse` would take the first of
@@ -51,7 +50,7 @@ def open_limiter(limit: str, storage: str, clock: Clock, lock: threading.Lock) -
     if item.amount < 1:
         raise ConfigurationError("a throttle's limit must be above 0: each network may fail some times")
     if storage == "memory://":
-        return Limiter(item, Windows(clock, lock), clock.time)
+        return Limiter(item, Windows(clock), clock.time)
     if not storage.startswith(_REDIS):
         raise ConfigurationError(
             "a throttle counts in memory:// or in Redis (redis://, rediss://, redis+cluster://, redis+sentinel://)"
@@ -65,15 +64,15 @@ class Windows(Storage):
     """Counts in this process's memory, as a storage of `limits`.
 
     Its own starts a thread and, under failures, a scan of all networks every 10 ms. Here windows, all equally
-    long, are forgotten in the order they began; `Throttle` bounds how many there are.
+    long, are forgotten in the order they began. `Throttle` bounds how many there are, and lets one thread in at
+    a time.
     """
 
     STORAGE_SCHEME = None
 
-    def __init__(self, clock: Clock, lock: threading.Lock) -> None:
+    def __init__(self, clock: Clock) -> None:
         super().__init__()
         self._clock = clock
-        self._lock = lock
         self._windows: OrderedDict[str, tuple[float, int]] = OrderedDict()  # end (monotonic seconds), count
 
     @property
@@ -84,12 +83,11 @@ class Windows(Storage):
     def incr(self, key: str, expiry: int, amount: int = 1) -> int:
         """Count, from 0 where no window is open."""
         now = self._clock.monotonic()
-        with self._lock:
-            while self._windows and next(iter(self._windows.values()))[0] <= now:
-                self._windows.popitem(last=False)
-            ends, count = self._windows.get(key, (now + expiry, 0))
-            self._windows[key] = (ends, count + amount)
-            return count + amount
+        while self._windows and next(iter(self._windows.values()))[0] <= now:
+            self._windows.popitem(last=False)
+        ends, count = self._windows.get(key, (now + expiry, 0))
+        self._windows[key] = (ends, count + amount)
+        return count + amount
 
     def get(self, key: str) -> int:
         """Give a count."""
@@ -107,12 +105,10 @@ class Windows(Storage):
 
     def reset(self) -> int:
         """Forget everything."""
-        with self._lock:
-            forgotten = len(self._windows)
-            self._windows.clear()
+        forgotten = len(self._windows)
+        self._windows.clear()
         return forgotten
 
     def clear(self, key: str) -> None:
         """Forget one."""
-        with self._lock:
-            self._windows.pop(key, None)
+        self._windows.pop(key, None)

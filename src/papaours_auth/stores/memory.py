@@ -50,8 +50,7 @@ class MemoryStore:
     """Dictionaries under one lock. After a fork parent and child each have their own copy."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
+        self._renew_lock()
         self._installation = secrets.token_hex(16)
         self._peppers: dict[str, PepperRecord] = {}
         self._machines: dict[str, Machine] = {}
@@ -67,6 +66,10 @@ class MemoryStore:
         )
         self._closed = False
         hold_across_fork(self)
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
 
     # verification
 
@@ -246,8 +249,9 @@ class MemoryStore:
     def after_fork(self, *, child: bool) -> None:
         """Go on; in a child, without the parent's waiters."""
         if child:
-            self._changed = threading.Condition(self._lock)
-        self._lock.release()
+            self._renew_lock()
+        else:
+            self._lock.release()
 
     # for the feed
 

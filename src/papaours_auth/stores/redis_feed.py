@@ -12,7 +12,7 @@ from contextlib import suppress
 from socket import socket
 from typing import Final
 
-from .._fork import hold_across_fork
+from .._fork import hold_across_fork, notice_fork
 from ..exceptions import StoreUnavailable
 from . import (
     Epoch,
@@ -51,6 +51,7 @@ class RedisFeed:
 
     def read(self, known: Mapping[int, Epoch]) -> Reading:
         """See `Feed.read`."""
+        notice_fork()
         try:
             self._subscribe()
             reading = self._wire.drive(self._ask.read(known))

@@ -23,7 +23,7 @@ from redis.exceptions import AuthenticationError, BusyLoadingError, RedisError, 
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
-from .._fork import hold_across_fork
+from .._fork import hold_across_fork, in_own_process, notice_fork
 from .._patience import Patience
 from ..exceptions import StoreUnavailable
 from .redis_place import Node, Place
@@ -191,6 +191,8 @@ class Wire:
 
         Raises `Unreachable` where the node does not answer in time.
         """
+        if not in_own_process():
+            notice_fork()
         room, idle = self._room, self._idle.get(node)
         if not idle:
             return None
@@ -214,6 +216,7 @@ class Wire:
         return found
 
     def _exchange(self, ask: Ask) -> list[Any]:
+        notice_fork()
         room = self._room
         try:
             room.get(timeout=self._timeout)
@@ -365,6 +368,8 @@ class AsyncWire:
 
     async def exchange(self, node: Node, packed: bytes) -> bytes | None:
         """See `Wire.exchange`."""
+        if not in_own_process():
+            notice_fork()
         mine = self._loops.get(asyncio.get_running_loop())
         if mine is None or not (idle := mine.idle.get(node)) or mine.room.locked():
             return None
@@ -393,6 +398,7 @@ class AsyncWire:
         return True
 
     async def _exchange(self, ask: Ask) -> list[Any]:
+        notice_fork()
         if self._closed:
             raise StoreUnavailable("the Redis store is closed")
         mine = self._loops.get(asyncio.get_running_loop()) or await self._open()

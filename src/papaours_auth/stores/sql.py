@@ -38,7 +38,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, SQLAlchemyError
 
-from .._fork import hold_across_fork
+from .._fork import hold_across_fork, notice_fork
 from ..digest import PepperStatus
 from ..exceptions import ConfigurationError, Conflict, NotFound, StoreUnavailable
 from ..model import Key, Machine, Record
@@ -616,6 +616,7 @@ class AsyncSQLStore:
             return await self._ask(statement, values)
 
     async def _ask(self, statement: Select[Any], values: Mapping[str, Any]) -> Sequence[_Row]:
+        notice_fork()
         try:
             # The driver's own bounds come first where it has any; this one is for those that have none.
             async with asyncio.timeout(3 * self._timeout):
@@ -639,12 +640,12 @@ class SQLFeed:
     def __init__(self, store: SQLStore) -> None:
         self._store = store
         self._statements = _Statements(store.tables)
-        self._using = threading.Lock()  # the connection: a reading in one thread, a look in another
         self._tip: Epoch | None = None
         self._reset()
         hold_across_fork(self)
 
     def _reset(self) -> None:
+        self._using = threading.Lock()  # the connection: a reading in one thread, a look in another
         self._connection: Connection | None = None
         self._listening: Any = None  # the psycopg connection
         self._heard = False
@@ -659,6 +660,7 @@ class SQLFeed:
         Tip and peppers are one snapshot. What led to that tip stands in the log for good: it is asked for
         afterwards, and only where the tip has moved.
         """
+        notice_fork()
         since = known.get(0)
         with self._using:
             rows = self._ask(self._statements.describe)
@@ -793,7 +795,8 @@ class SQLFeed:
         if child:
             _abandoned.append((self._connection, self._listening, self._waker))
             self._reset()
-        self._using.release()
+        else:
+            self._using.release()
 
 
 def _changes(rows: Sequence[_Row], since: Epoch, tip: Epoch) -> list[tuple[str, str]] | None:

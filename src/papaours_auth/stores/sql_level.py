@@ -12,6 +12,8 @@ from typing import Final, cast
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
+from .._fork import notice_fork
+
 AT_ONCE: Final = 0.1
 """Seconds in which a connection that had died in the pool says so."""
 
@@ -25,6 +27,7 @@ class AtLevel:
 
     def connect(self) -> Connection:
         """Give a connection; a new one where that of the pool turns out to be dead."""
+        notice_fork()
         begin = time.monotonic()
         try:
             return self._connect()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias, TypeVar, cast
 from urllib.parse import quote, unquote_to_bytes
 
-from .._fork import hold_across_fork
+from .._fork import hold_across_fork, in_own_process, notice_fork
 from ..digest import PepperStatus
 from ..exceptions import ConfigurationError, Conflict, NotFound, StoreUnavailable
 from ..model import Key, Machine, Record
@@ -362,6 +362,7 @@ class AsyncSQLiteStore:
         self._sync.close()
 
     async def _run(self, call: Callable[[], _T]) -> _T:
+        notice_fork()
         if self._executor is None:
             self._executor = ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="papaours-sqlite")
         if len(self._waiting) >= MOST_WAITING:
@@ -485,16 +486,21 @@ class _Pool:
     def __init__(self, path: Path, *, read_only: bool) -> None:
         self._path = path
         self._read_only = read_only
+        self._closed = False
+        self._reset()
+        hold_across_fork(self)
+
+    def _reset(self) -> None:
         self._condition = threading.Condition(threading.Lock())
         self._idle: list[sqlite3.Connection] = []
         self._taken: dict[sqlite3.Connection, _File] = {}
         self._forking = False
-        self._closed = False
         self.file: _File | None = None
-        hold_across_fork(self)
 
     def take(self) -> sqlite3.Connection:
         """Give a connection for a short while. Raises `StoreUnavailable`."""
+        if not in_own_process():
+            notice_fork()
         try:
             status = os.stat(self._path)  # noqa: PTH116 - Path.stat costs 1 µs more on each lookup
         except OSError as error:
@@ -572,12 +578,19 @@ class _Pool:
         self._close_idle()
 
     def after_fork(self, *, child: bool) -> None:
-        """Let the pool be used again. A connection still in use at the fork is left alone in the child."""
-        if child:
-            _abandoned.extend(self._taken)
-            self._taken.clear()
-        self._forking = False
-        self._condition.release()
+        """Let the pool be used again; a child's starts empty.
+
+        After a fork in C a child has copies of idle connections, and closes them: while SQLite remembers one, it
+        takes locks on the file for held that only the parent holds. A connection that was in use at the fork is
+        left alone: closing it might wait for a thread of the parent's.
+        """
+        if not child:
+            self._forking = False
+            self._condition.release()
+            return
+        _abandoned.extend(self._taken)
+        self._close_idle()
+        self._reset()
 
 
 _abandoned: list[sqlite3.Connection] = []  # never closed: that would be using the parent's connection

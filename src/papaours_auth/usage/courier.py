@@ -75,8 +75,11 @@ class Keeper(Protocol):
     def before_fork(self) -> None:
         """Hold still."""
 
-    def after_fork(self, *, child: bool) -> None:
-        """Go on; in a child, touch nothing of the parent's any more."""
+    def after_fork(self) -> None:
+        """Go on, in the parent."""
+
+    def begin_in_child(self, producer: str) -> None:
+        """Start anew in a child, with new locks; touch nothing of the parent's any more."""
 
 
 class Trouble:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator
 from functools import partial
 from typing import Final
 
+from .._fork import in_own_process, notice_fork
 from .courier import Counts, Delivery, Trouble
 from .event import Call, Outcome, event_from
 from .sinks import Batch
@@ -26,13 +27,17 @@ class Memory:
     def __init__(
         self, producer: str, service: str, bound: int, tally: Tally, on_first: Callable[[], None]
     ) -> None:
-        self._producer, self._service, self._bound = producer, service, bound
+        self._service, self._bound = service, bound
         self._tally, self._on_first = tally, on_first
+        self._begin(producer)
+
+    def _begin(self, producer: str) -> None:
+        self._producer = producer
         self.idle = True
         self.trouble = Trouble("the recorder")
         self._lock = threading.Lock()  # of what is counted in requests
         self._calls: deque[Call] = deque()
-        self._room = bound
+        self._room = self._bound
         self._closed = False
         self._batches: deque[Batch] = deque()  # frozen: their numbers are given
         self._waiting = 0  # events in them
@@ -43,6 +48,8 @@ class Memory:
 
     def done(self, call: Call, outcome: Outcome) -> None:
         """See `Keeper`."""
+        if not in_own_process():
+            notice_fork()
         call.outcome = outcome
         call.ended = _monotonic()
         calls = self._calls
@@ -109,6 +116,10 @@ class Memory:
         """See `Keeper`."""
         self._lock.acquire()
 
-    def after_fork(self, *, child: bool) -> None:
+    def after_fork(self) -> None:
         """See `Keeper`."""
         self._lock.release()
+
+    def begin_in_child(self, producer: str) -> None:
+        """See `Keeper`."""
+        self._begin(producer)

@@ -23,7 +23,7 @@ except ImportError as error:
         "Prometheus metrics need prometheus_client, which is not installed: pip install 'papaours-auth[prometheus]'"
     ) from error
 
-from .._fork import hold_across_fork
+from .._fork import hold_across_fork, notice_fork
 from .metrics import DURATIONS, PENDING, STATS, Tallier, Tally, Watched
 from .recorder import Recorder
 from .sinks import Batch
@@ -120,6 +120,7 @@ class PrometheusSink:
 
     def render(self) -> bytes:
         """Write everything in this sink's registry, in the text format."""
+        notice_fork()
         with self._lock:
             return generate_latest(self.registry)
 
@@ -133,7 +134,10 @@ class PrometheusSink:
             for metric in (self._calls, self._durations, self._refusals, *self._by):
                 if metric is not None:
                     metric.clear()
-        self._lock.release()
+        if child:
+            self._lock = threading.Lock()
+        else:
+            self._lock.release()
 
 
 class _Stats(Collector):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
-from .._fork import hold_across_fork
+from .._fork import hold_across_fork, notice_fork
 from ..exceptions import ConfigurationError, Reason
 from ..format import KeyFormat
 from .courier import Courier, Keeper
@@ -109,13 +109,17 @@ class Recorder:
         hold_across_fork(self, first=True)  # a sink under way needs its own locks to end
 
     def _begin(self) -> None:
-        """Begin as a producer of our own: when made, in a child, and after `close`."""
-        self.producer = secrets.token_hex(8)
-        self._starting = threading.Lock()
+        """Begin with nothing: when made, and after `close`."""
+        self._identify()
         self._tally = Tally()
         self._keeper = self._new_keeper()
         self._courier = Courier(self._keeper, self._sink, self._interval)
         self.sent, self.done = self._keeper.sent, self._keeper.done
+
+    def _identify(self) -> None:
+        """Be a producer of our own."""
+        self.producer = secrets.token_hex(8)
+        self._starting = threading.Lock()
 
     def _new_keeper(self) -> Keeper:
         on_first = _starter(weakref.ref(self))
@@ -125,6 +129,7 @@ class Recorder:
 
     def refused(self, reason: Reason, address: str | None) -> None:
         """Count a refusal of nobody we know."""
+        notice_fork()
         self._tally.add(reason, address)
         if self._keeper.idle:
             self._start()
@@ -134,6 +139,7 @@ class Recorder:
 
         After `close`, start anew.
         """
+        notice_fork()
         if self._courier.closing:
             self._begin()
         self._start()
@@ -149,12 +155,14 @@ class Recorder:
 
     def acquire(self) -> None:
         """Start for one of several apps that share this recorder."""
+        notice_fork()
         with self._starting:
             self._users += 1
         self.start()
 
     def release(self, timeout: float = 5.0) -> None:
         """End for one of them: the last one closes it."""
+        notice_fork()
         with self._starting:
             self._users = max(0, self._users - 1)
             last = not self._users
@@ -163,6 +171,7 @@ class Recorder:
 
     def flush(self) -> bool:
         """Deliver what there is, in this thread; false where the sink did not take all. Waits for the sink."""
+        notice_fork()
         return self._courier.deliver()
 
     def close(self, timeout: float = 5.0) -> None:
@@ -170,6 +179,7 @@ class Recorder:
 
         What the sink does not take stays in the spool, or is counted lost. A sink of yours stays open.
         """
+        notice_fork()
         with self._starting:
             if self._courier.closing:
                 return
@@ -186,6 +196,7 @@ class Recorder:
 
     def stats(self) -> Stats:
         """Tell what became of this process's calls."""
+        notice_fork()
         counts, sink = self._keeper.counts(), self._courier.trouble
         recorded = counts.delivered + counts.pending + counts.lost
         error = sink.text or self._keeper.trouble.text or self._courier.reading.text
@@ -210,13 +221,19 @@ class Recorder:
         self._tally.before_fork()
 
     def after_fork(self, *, child: bool) -> None:
-        """Go on; a child as a producer of its own, with nothing of its parent's."""
-        self._tally.after_fork()
-        self._keeper.after_fork(child=child)
-        self._courier.after_fork()
-        if child:
-            self._users = 0
-            self._begin()
+        """Go on; a child as a producer of its own, with nothing of its parent's.
+
+        The keeper stays the same object: it may be the one that noticed, in the midst of taking a call.
+        """
+        self._tally.after_fork(child=child)
+        if not child:
+            self._keeper.after_fork()
+            self._courier.after_fork()
+            return
+        self._users = 0
+        self._identify()
+        self._keeper.begin_in_child(self.producer)
+        self._courier = Courier(self._keeper, self._sink, self._interval)
 
 
 def _service(given: str | None) -> str:

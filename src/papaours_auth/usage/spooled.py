@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from .._fork import in_own_process, notice_fork
 from .courier import Counts, Delivery, Trouble
 from .event import Call, Event, Outcome, Refusals, body_of, cell_of, event_of, started_cell, status_of
 from .sinks import Batch
@@ -48,8 +49,12 @@ class Spooled:
     def __init__(
         self, producer: str, service: str, options: SpoolOptions, tally: Tally, on_first: Callable[[], None]
     ) -> None:
-        self._producer, self._service, self._options = producer, service, options
+        self._service, self._options = service, options
         self._tally, self._on_first = tally, on_first
+        self._begin(producer)
+
+    def _begin(self, producer: str) -> None:
+        self._producer = producer
         self.idle = True
         self.trouble = Trouble("the usage spool")
         self._lock = threading.Lock()  # of the place to write; never held across I/O
@@ -69,11 +74,15 @@ class Spooled:
 
     def sent(self, call: Call) -> None:
         """See `Keeper`."""
+        if not in_own_process():
+            notice_fork()
         if not call.place:
             self._keep(call, started_cell(status_of(call.status)))
 
     def done(self, call: Call, outcome: Outcome) -> None:
         """See `Keeper`."""
+        if not in_own_process():
+            notice_fork()
         call.outcome = outcome
         cell = cell_of(call.status, outcome, _monotonic() - call.started)
         if not call.place:
@@ -303,14 +312,18 @@ class Spooled:
         self._tending.acquire()
         self._lock.acquire()
 
-    def after_fork(self, *, child: bool) -> None:
-        """See `Keeper`. The maps are the parent's too: a call of its that goes on in a child writes nothing."""
+    def after_fork(self) -> None:
+        """See `Keeper`."""
         self._lock.release()
         self._tending.release()
-        if child:  # no event is touched: a thread of the parent's may have held its lock
-            self._give_up()
-            if self._spool is not None:
-                self._spool.forget()
+
+    def begin_in_child(self, producer: str) -> None:
+        """See `Keeper`. The maps are the parent's too: a call of its that goes on in a child writes nothing."""
+        self._lock = threading.Lock()  # a thread of the parent's may hold the old one
+        self._give_up()
+        if self._spool is not None:
+            self._spool.forget()
+        self._begin(producer)
 
 
 def _make_room(reference: weakref.ref[Spooled], short: threading.Event) -> None:

@@ -86,7 +86,9 @@ class SQLiteSink:
     __del__ = before_fork = close
 
     def after_fork(self, *, child: bool) -> None:
-        """Do nothing: parent and child open the file again."""
+        """Close what a fork in C has copied: see the key store's pool. Parent and child open the file again."""
+        if child:
+            self.close()
 
     def _take(self) -> tuple[sqlite3.Connection, _File | None]:
         file = _file(self.path)

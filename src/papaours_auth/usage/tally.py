@@ -19,6 +19,9 @@ class Tally:
     """Counts them until they are taken. Threads may share it."""
 
     def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
         self._lock = threading.Lock()
         self._counts: Counter[tuple[int, str, str]] = Counter()
 
@@ -41,6 +44,9 @@ class Tally:
         """Hold still."""
         self._lock.acquire()
 
-    def after_fork(self) -> None:
-        """Go on."""
-        self._lock.release()
+    def after_fork(self, *, child: bool) -> None:
+        """Go on; a child from nothing."""
+        if child:
+            self._reset()
+        else:
+            self._lock.release()

@@ -1,0 +1,98 @@
+"""A few daemon threads of our own, for calls that block an event loop.
+
+`asyncio.to_thread` would borrow the app's: the loop's default executor has ``cpu_count + 4`` threads, and a few calls
+of ours to a slow server would hold up whatever the app gives it.
+
+Thread: started when a call finds none free. Fork: a child starts its own. Exit: nobody waits for them.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from ._fork import hold_across_fork, notice_fork
+
+_T = TypeVar("_T")
+
+if TYPE_CHECKING:
+    _Jobs = queue.SimpleQueue[Callable[[], None] | None]
+
+
+class Threads:
+    """Runs at most ``most`` calls at once, while at most ``waiting`` more wait."""
+
+    def __init__(self, most: int, *, name: str, waiting: int = 0) -> None:
+        self._most, self._room, self._name = most, most + waiting, name
+        self._reset()
+        hold_across_fork(self)
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._jobs: _Jobs | None = None
+        self._threads = 0
+        self._asked = 0
+
+    def ask(self, call: Callable[[], _T]) -> Future[_T] | None:
+        """Run a call in a thread. Returns None, and queues nothing, where there is no room."""
+        notice_fork()
+        with self._lock:
+            if self._asked >= self._room:
+                return None
+            self._asked += 1
+            jobs = self._jobs = self._jobs or queue.SimpleQueue()
+            if self._threads < min(self._asked, self._most) and not self._grow(jobs):
+                self._asked -= 1
+                return None
+        future: Future[_T] = Future()
+        jobs.put(lambda: self._run(call, future))
+        return future
+
+    def _grow(self, jobs: _Jobs) -> bool:
+        """Start a thread. Whether there is one now, this or another."""
+        try:
+            threading.Thread(target=_serve, args=(jobs,), name=self._name, daemon=True).start()
+        except RuntimeError:  # the interpreter ends, or the machine gives no more
+            return self._threads > 0
+        self._threads += 1
+        return True
+
+    def _run(self, call: Callable[[], _T], future: Future[_T]) -> None:
+        result: _T | None = None
+        error: BaseException | None = None
+        if future.set_running_or_notify_cancel():
+            try:
+                result = call()
+            except BaseException as raised:  # noqa: BLE001 - raised where it is waited for
+                error = raised
+        with self._lock:  # before anybody hears of it, so that who asks again finds room
+            self._asked -= 1
+        if error is not None:
+            future.set_exception(error)
+        elif not future.cancelled():
+            future.set_result(cast("_T", result))
+
+    def __del__(self) -> None:
+        for _ in range(self._threads):
+            if self._jobs is not None:
+                self._jobs.put(None)
+
+    def before_fork(self) -> None:
+        """Hold the counts still."""
+        self._lock.acquire()
+
+    def after_fork(self, *, child: bool) -> None:
+        """Go on; a child without its parent's threads."""
+        if child:
+            self._reset()
+        else:
+            self._lock.release()
+
+
+def _serve(jobs: _Jobs) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        del job  # it holds what was asked, and its answer
