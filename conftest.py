@@ -1,4 +1,4 @@
-"""The examples in README.md and docs/ run as tests: a page that lies fails."""
+"""The examples in README.md and docs/ run as tests: a page that lies fails. And the suite's own plugin."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 from papaours_auth import Keys, open_store
 from papaours_auth.digest import new_pepper
+
+pytest_plugins = ["support.plugin"]
 
 
 @pytest.fixture(scope="module")

