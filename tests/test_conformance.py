@@ -486,6 +486,7 @@ def call_wsgi(app: Any, estate: Estate, row: Row) -> Answer:
         "PATH_INFO": path.removeprefix(row.root).encode().decode("latin-1"),
         "QUERY_STRING": estate.fill_in(query).decode("latin-1"),
         "REMOTE_ADDR": row.client,
+        "SERVER_SOFTWARE": "gunicorn/23.0.0",  # one that drops headers with underscores
         "SERVER_NAME": "127.0.0.1",
         "SERVER_PORT": "80",
         "SERVER_PROTOCOL": "HTTP/1.1",

@@ -32,10 +32,31 @@ def test_a_gate_that_means_nothing_stops_at_start(options: dict[str, Any], said:
         Gate(**options)
 
 
-def test_a_proxy_on_a_unix_socket_is_trusted_where_told_to() -> None:
-    assert Gate(trusted_proxies=["unix"]).client("", b"192.0.2.7") == "192.0.2.7"
-    assert Gate(trusted_proxies=["10.0.0.0/8"]).client("", b"192.0.2.7") is None
-    assert Gate().client("", b"192.0.2.7") is None
+@pytest.mark.parametrize("peer", ["", "localhost", "<local>", "/run/app.sock", "unix:", "unknown"])
+def test_pitfall_47_a_proxy_on_a_unix_socket_is_trusted_where_told_to(peer: str) -> None:
+    """Whatever servers call it: nothing, ``localhost`` (waitress), ``<local>`` (Werkzeug)."""
+    assert Gate(trusted_proxies=["unix"]).client(peer, b"192.0.2.7") == "192.0.2.7"
+    assert Gate(trusted_proxies=["unix"]).client(peer, None) is None
+    assert Gate(trusted_proxies=["10.0.0.0/8"]).client(peer, b"192.0.2.7") == (peer or None)
+    assert Gate().client(peer, b"192.0.2.7") == (peer or None)
+
+
+def test_pitfall_47_unix_trusts_no_address() -> None:
+    assert Gate(trusted_proxies=["unix"]).client("192.0.2.1", b"192.0.2.7") == "192.0.2.1"
+    assert Gate(trusted_proxies=["unix", "10.0.0.0/8"]).client("", b"192.0.2.7, 10.0.0.1") == "192.0.2.7"
+
+
+def test_pitfall_47_a_trusted_proxy_without_the_header_leaves_the_client_unknown() -> None:
+    gate = Gate(trusted_proxies=["10.0.0.0/8"])
+    assert gate.client("10.0.0.1", None) is None
+    assert gate.client("192.0.2.1", None) == "192.0.2.1"
+
+
+@pytest.mark.parametrize("network", ["::ffff:192.0.2.0/120", "::ffff:c000:200/120", " 192.0.2.0/24 "])
+@pytest.mark.parametrize("peer", ["192.0.2.1", "::ffff:192.0.2.1"])
+def test_pitfall_47_a_mapped_network_is_the_one_it_maps(network: str, peer: str) -> None:
+    assert Gate(trusted_proxies=[network]).client(peer, b"203.0.113.9") == "203.0.113.9"
+    assert Gate(trusted_proxies=[network]).client("192.0.3.1", b"203.0.113.9") == "192.0.3.1"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from conftest import PEPPER
 from papaours_auth import (
     AsyncKeys,
+    Authenticator,
     ConfigurationError,
     Conflict,
     Grant,
@@ -21,6 +22,7 @@ from papaours_auth import (
     Keys,
     NotFound,
     PepperRing,
+    Refused,
     Secret,
     StoreUnavailable,
     SystemMachineProtected,
@@ -473,3 +475,19 @@ def test_the_async_twin_has_every_method_and_they_do_the_same(keys: Keys, machin
             await twin.key("nothing")
 
     asyncio.run(live())
+
+
+def test_pitfall_47_a_key_bound_to_a_mapped_network_comes_in_from_it(
+    keys: Keys, ring: PepperRing, store: Store
+) -> None:
+    """slskd#1605: ``::ffff:192.0.2.0/120`` was taken, and no address was ever in it."""
+    machine = keys.create_machine("Portail", organisation=HOME)
+    new = keys.create_key(
+        machine.id, name="Production", environment="prod", networks=["::ffff:192.0.2.0/120"]
+    )
+    assert [str(network) for network in keys.key(new.key.id).networks] == ["192.0.2.0/24"]
+    with Authenticator(store, environment="prod", peppers=ring, watch=False) as door:
+        for client in ("192.0.2.7", "::ffff:192.0.2.7"):
+            assert door.authenticate(new.secret.reveal(), client=client).key.id == new.key.id
+        with pytest.raises(Refused, match="network_not_allowed"):
+            door.authenticate(new.secret.reveal(), client="192.0.3.7")

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import pytest
 
 from papaours_auth import Grant, Identity, InvalidInput, Key, Machine
-from papaours_auth.model import parse_address, parse_right
+from papaours_auth.model import parse_address, parse_network, parse_right
 from papaours_auth.names import unclear
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
@@ -134,3 +134,24 @@ def test_a_clear_label_is_clear(label: str) -> None:
 @pytest.mark.parametrize("label", ["Clé 1", "Ma clé", "Test", "API", "Service Facturation", "key_2", ""])
 def test_a_vague_label_is_told_what_it_lacks(label: str) -> None:
     assert "does not say which" in (unclear(label) or "")
+
+
+@pytest.mark.parametrize(
+    ("text", "network"),
+    [
+        ("::ffff:192.0.2.0/120", "192.0.2.0/24"),
+        ("::ffff:192.0.2.7", "192.0.2.7/32"),
+        ("::ffff:0:0/96", "0.0.0.0/0"),
+        ("192.0.2.0/24", "192.0.2.0/24"),
+        ("2001:db8::/32", "2001:db8::/32"),
+        ("::/0", "::/0"),
+        ("::ffff:0:0:0/96", "::ffff:0:0:0/96"),  # translated, not mapped
+    ],
+)
+def test_pitfall_47_a_mapped_network_is_read_as_the_one_it_maps(text: str, network: str) -> None:
+    assert str(parse_network(text)) == network
+
+
+def test_a_mapped_network_with_host_bits_is_refused() -> None:
+    with pytest.raises(ValueError, match="host bits"):
+        parse_network("::ffff:192.0.2.1/120")

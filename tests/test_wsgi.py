@@ -226,3 +226,19 @@ def test_what_is_set_up_wrongly_stops_at_start(authenticator: Authenticator, mem
     for options, said in wrong:
         with pytest.raises(ConfigurationError, match=said):
             PapaoursAuthMiddleware(app, **options)
+
+
+def test_pitfall_47_a_server_that_is_not_known_to_drop_underscores_is_told_once(
+    authenticator: Authenticator, caplog: pytest.LogCaptureFixture
+) -> None:
+    guard = PapaoursAuthMiddleware(app, authenticator=authenticator, trusted_proxies=["203.0.113.9"])
+    forwarded = [("X-Forwarded-For", "198.51.100.7")]
+    for software in ("granian", "WSGIServer/0.2 CPython/3.11", "", "mygunicorn/1"):
+        assert guard._client(environ_of(headers=forwarded, SERVER_SOFTWARE=software)) is None
+    assert guard._client(environ_of(headers=forwarded)) == "198.51.100.7"
+    assert len([record for record in caplog.records if "proxy_drops_underscores" in record.getMessage()]) == 1
+
+
+def test_what_a_proxy_drops_is_about_proxies_that_are_trusted(authenticator: Authenticator) -> None:
+    with pytest.raises(ConfigurationError, match="trusted_proxies"):
+        PapaoursAuthMiddleware(app, authenticator=authenticator, proxy_drops_underscores=True)

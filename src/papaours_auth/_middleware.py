@@ -37,6 +37,12 @@ class MiddlewareOptions(GateOptions, Options, total=False):
     throttle: Throttle | str | None
 
 
+class WSGIOptions(MiddlewareOptions, total=False):
+    """The same on WSGI, and what only WSGI has to ask. `papaours_auth.wsgi.Guard` says what it means."""
+
+    proxy_drops_underscores: bool
+
+
 def split_options(options: MiddlewareOptions) -> tuple[GateOptions, Options, Throttle | None]:
     """Part the gate's options from the authenticator's and the throttle. Raises `ConfigurationError`."""
     gate: Mapping[str, object] = {k: v for k, v in options.items() if k in GateOptions.__annotations__}

@@ -18,7 +18,7 @@ from typing import ParamSpec, TypeVar, Unpack
 
 from flask import Flask, Response, current_app, request
 
-from ._middleware import REFUSAL, MiddlewareOptions, authorized, known, vouched
+from ._middleware import REFUSAL, WSGIOptions, authorized, known, vouched
 from .authenticator import Authenticator
 from .exceptions import Refused
 from .http import render
@@ -45,7 +45,7 @@ class PapaoursAuth:
         store: str | Store | None = None,
         authenticator: Authenticator | None = None,
         usage: Recorder | str | None = None,
-        **options: Unpack[MiddlewareOptions],
+        **options: Unpack[WSGIOptions],
     ) -> None:
         self._environment = environment
         self._store = store

@@ -13,11 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
-from ipaddress import ip_network
 from typing import Final, Literal, NamedTuple
 
 from .exceptions import ConfigurationError, Reason, Refused
-from .model import Address, Network, parse_address
+from .model import Address, Network, parse_address, parse_network
 
 _REALM: Final = "papaours"
 RETRY_AFTER: Final = 5
@@ -285,16 +284,18 @@ class _Proxies:
     networks: tuple[Network, ...]
     unix: bool
 
-    def trusts(self, address: str) -> bool:
-        if not address:
-            return self.unix
-        parsed = parse_address(address)
-        return parsed is not None and any(parsed in network for network in self.networks)
+    def trusts(self, peer: str) -> bool:
+        """Whether a peer is trusted. One that is no address is a Unix socket, whatever a server calls it."""
+        parsed = parse_address(peer)
+        return self.unix if parsed is None else self.contains(parsed)
+
+    def contains(self, address: Address) -> bool:
+        return any(address in network for network in self.networks)
 
 
 def _proxies(texts: Sequence[str]) -> _Proxies:
     try:
-        networks = tuple(ip_network(text) for text in texts if text != _UNIX)
+        networks = tuple(parse_network(text) for text in texts if text != _UNIX)
     except ValueError:
         raise ConfigurationError(
             "trusted_proxies: each is an address, a CIDR block without host bits such as 10.0.0.0/8, or 'unix'"
@@ -324,7 +325,7 @@ class Gate:
       Access-Control-Request-Method, which browsers send without credentials) through to the app;
       ``"refuse"``, the default, treats them like any other request.
     - ``trusted_proxies``: addresses, CIDR blocks or ``"unix"``, whose ``X-Forwarded-For`` is believed, read from the
-      right; a value that is no address leaves the client unknown.
+      right; without it, or with a value that is no address, the client is unknown.
     """
 
     def __init__(
@@ -367,19 +368,20 @@ class Gate:
         return self._exempt is None or not _plain(path) or path not in self._exempt
 
     def client(self, peer: str, forwarded_for: bytes | None) -> str | None:
-        """Give the client's address: the peer's, or the last one before the proxies that are trusted.
+        """Return the client's address: the peer's, or the last one before the proxies that are trusted.
 
-        ``peer`` is empty for a Unix socket; ``forwarded_for`` is X-Forwarded-For, joined by commas. None
-        where the address cannot be known.
+        ``forwarded_for`` is X-Forwarded-For, joined by commas; None where there is none, or none that can be
+        believed. Return None where the address cannot be known: a trusted proxy is never the client itself.
         """
-        if self._proxies is None or not self._proxies.trusts(peer) or forwarded_for is None:
+        if self._proxies is None or not self._proxies.trusts(peer):
             return peer or None
-        address = peer
+        if forwarded_for is None:
+            return None
+        address = None
         for hop in reversed(forwarded_for.decode("latin-1").split(",")):
-            parsed = _hop(hop)
-            if parsed is None:
+            address = _hop(hop)
+            if address is None:
                 return None
-            address = str(parsed)
-            if not self._proxies.trusts(address):
+            if not self._proxies.contains(address):
                 break
-        return address or None
+        return str(address)

@@ -15,14 +15,13 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import update_wrapper
-from ipaddress import ip_network
 from typing import Concatenate, Final, ParamSpec, Self, TypeVar
 
 from .cache import Clock
 from .digest import PepperRing, peppers_from_environment
 from .exceptions import Conflict, InvalidInput, NotFound, SystemMachineProtected
 from .format import KeyFormat, Secret
-from .model import EVERYWHERE, Grant, Key, Machine, Network, Status, parse_right
+from .model import EVERYWHERE, Grant, Key, Machine, Network, Status, parse_network, parse_right
 from .stores import Author, Change, PepperRecord, Store, open_store
 from .verify import Claim, partition
 
@@ -397,7 +396,7 @@ def _granted(text: str, home: str, format: KeyFormat) -> Grant:  # noqa: A002
 
 def _network(text: str) -> Network:
     try:
-        return ip_network(text.strip())
+        return parse_network(text)
     except ValueError:
         raise InvalidInput(
             "a network is an address or a CIDR block without host bits, as in 192.0.2.0/24 or 2001:db8::/32"

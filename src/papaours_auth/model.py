@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 from functools import lru_cache
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 from .exceptions import InvalidInput
@@ -38,6 +38,8 @@ class Unset(Enum):
 UNSET: Final = Unset.UNSET
 
 _RESERVED: Final = re.compile("[:@,*]")  # what rights are written with
+_MAPPED_BITS: Final = 96
+"""Of an IPv4-mapped IPv6 address (RFC 4291 section 2.5.5.2): what stands before the IPv4 address."""
 _FOLDED: Final = {"ecriture": "écriture"}  # typed without its accent on many keyboards
 
 
@@ -244,6 +246,16 @@ class Identity:
     def scopes(self) -> frozenset[str]:
         """The rights (Starlette's ``request.auth.scopes``, which ``@requires`` reads)."""
         return self.rights
+
+
+def parse_network(text: str) -> Network:
+    """Read an address or a CIDR block, IPv4-mapped IPv6 as the IPv4 it is. Raises `ValueError` for host bits."""
+    network = ip_network(text.strip())
+    if isinstance(network, IPv6Network) and network.prefixlen >= _MAPPED_BITS:
+        mapped = network.network_address.ipv4_mapped
+        if mapped is not None:  # no address is ever in such a network: `parse_address` reads them as IPv4
+            return IPv4Network((mapped, network.prefixlen - _MAPPED_BITS))
+    return network
 
 
 def parse_address(text: str) -> Address | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, Unpack
 
 from ._middleware import (
     REFUSAL,
-    MiddlewareOptions,
+    WSGIOptions,
     authorized,
     known,
     needed,
@@ -31,6 +31,8 @@ from .usage import Call, Outcome, Recorder, begin_call
 logger = logging.getLogger("papaours_auth")
 # Bound once: to name a member of an enum costs 100 ns.
 _COMPLETED, _FAILED, _GONE = Outcome.COMPLETED, Outcome.FAILED, Outcome.GONE
+_DROPPING: Final = ("gunicorn/", "waitress", "Werkzeug/")
+"""How servers call themselves that drop headers with underscores in their names, each held by a test."""
 REFUSED: Final = "papaours.refused"
 """Where in an environ an integration puts the `Refused` that a view raised, for what is recorded."""
 
@@ -46,6 +48,10 @@ class Guard:
 
     Options as on `papaours_auth.asgi.Guard`, with a blocking ``store`` or ``authenticator``. Peppers that are not
     the store's stop the app here, at start: WSGI has no other. No thread is started: the server may fork.
+
+    ``proxy_drops_underscores`` says that every trusted proxy drops headers with underscores in their names, as nginx
+    does by default. Without it, ``trusted_proxies`` count only on servers that drop those themselves (gunicorn,
+    waitress, Werkzeug); elsewhere the client is unknown.
     """
 
     def __init__(
@@ -54,8 +60,11 @@ class Guard:
         environment: str | None = None,
         store: str | Store | None = None,
         authenticator: Authenticator | None = None,
-        **options: Unpack[MiddlewareOptions],
+        **options: Unpack[WSGIOptions],
     ) -> None:
+        self._underscores_dropped, self._told = options.pop("proxy_drops_underscores", False), False
+        if self._underscores_dropped and not options.get("trusted_proxies"):
+            raise ConfigurationError("proxy_drops_underscores is about trusted_proxies, and none are given")
         gate, rest, self.throttle = split_options(options)
         if authenticator is not None and (environment is not None or store is not None or rest):
             raise ConfigurationError("authenticator is ready: environment, store and its options go into it")
@@ -93,8 +102,28 @@ class Guard:
         return self.throttle.judge(refused, self._client(environ))
 
     def _client(self, environ: WSGIEnvironment) -> str | None:
-        forwarded = _header(environ, "HTTP_X_FORWARDED_FOR") if self.gate.believes_proxies else None
-        return self.gate.client(environ.get("REMOTE_ADDR") or "", forwarded)
+        peer = environ.get("REMOTE_ADDR") or ""
+        forwarded = None
+        if self.gate.believes_proxies and (self._underscores_dropped or self._drops_underscores(environ)):
+            forwarded = _header(environ, "HTTP_X_FORWARDED_FOR")
+        return self.gate.client(peer, forwarded)
+
+    def _drops_underscores(self, environ: WSGIEnvironment) -> bool:
+        """Whether the server drops ``X_Forwarded_For``, which anyone can send past a proxy (CVE-2015-0219).
+
+        WSGI has one name for it and ``X-Forwarded-For``. A server that is not known to drop it, or a bridge, has its
+        clients unknown: no address is better than one that the client chose.
+        """
+        software = str(environ.get("SERVER_SOFTWARE", ""))
+        if software.startswith(_DROPPING):
+            return True
+        if not self._told:
+            self._told = True
+            logger.error(
+                "this server takes X_Forwarded_For for X-Forwarded-For, so no client's address is believed: see "
+                "proxy_drops_underscores in docs/servers.md"
+            )
+        return False
 
     def _passes(self, refused: Refused, environ: WSGIEnvironment) -> bool:
         if refused.reason is not Reason.MISSING_KEY:
@@ -121,7 +150,7 @@ class PapaoursAuthMiddleware(Guard):
         store: str | Store | None = None,
         authenticator: Authenticator | None = None,
         usage: Recorder | str | None = None,
-        **options: Unpack[MiddlewareOptions],
+        **options: Unpack[WSGIOptions],
     ) -> None:
         self.app = app
         super().__init__(environment=environment, store=store, authenticator=authenticator, **options)

@@ -12,11 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from ipaddress import ip_network
 from typing import Any, Final, TypeAlias, cast
 
 from ..exceptions import UnreadableRecord
-from ..model import Grant, Key, Machine, Network, Status
+from ..model import Grant, Key, Machine, Network, Status, parse_network
 from . import Epoch
 
 Cell: TypeAlias = str | int | bytes | None
@@ -153,7 +152,7 @@ def _grants(text: str) -> tuple[Grant, ...]:
 
 
 def _networks(text: str) -> tuple[Network, ...]:
-    return () if text == "[]" else tuple(ip_network(network) for network in json.loads(text))
+    return () if text == "[]" else tuple(parse_network(network) for network in json.loads(text))
 
 
 def _attributes(text: str) -> Mapping[str, str]:
