@@ -91,7 +91,7 @@ LAYERS = [
         "throttle_storage.py",
     },
     {"__init__.py", "_middleware.py"},
-    {"asgi.py", "wsgi.py"},
+    {"asgi.py", "wsgi.py", "_wsgi_answer.py"},
     {
         "starlette.py",
         "fastapi.py",
@@ -110,7 +110,15 @@ CARRIERS = [
     "stores/redis_router.py",
     "stores/redis_wire.py",
 ]
-RENDERERS = ["asgi.py", "wsgi.py", "starlette.py", "fastapi.py", "flask.py", "_middleware.py"]
+RENDERERS = [
+    "asgi.py",
+    "wsgi.py",
+    "_wsgi_answer.py",
+    "starlette.py",
+    "fastapi.py",
+    "flask.py",
+    "_middleware.py",
+]
 
 
 def tree(path: Path) -> ast.Module:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
+from flask import Flask
+from starlette.testclient import TestClient as StarletteClient
+from werkzeug.test import Client as WerkzeugClient
 
 from papaours_auth import Authenticator, ConfigurationError, PepperRing, StoreUnavailable, parse_peppers
 from papaours_auth.digest import new_pepper
@@ -27,6 +32,13 @@ def authenticator(memory: MemoryStore, ring: PepperRing) -> Iterator[Authenticat
         yield authenticator
 
 
+@pytest.fixture
+def kept() -> Iterator[Kept]:
+    made = Kept()
+    yield made
+    made.recorder.close()
+
+
 def app(environ: Any, start_response: Any) -> Any:
     start_response("200 OK", [("Content-Type", "text/plain")])
     caller = identity_of(environ)
@@ -39,17 +51,168 @@ def test_a_caller_cannot_bring_an_identity_along(authenticator: Authenticator) -
     assert run_wsgi(guarded, environ)[2] == b"nobody"
 
 
-def test_what_the_app_gives_is_passed_on_as_it_is(authenticator: Authenticator) -> None:
-    """A file wrapper, say, which servers recognise by its type."""
-    given = iter([b"a", b"b"])
+class Wrapper:
+    """A server's own file wrapper."""
 
-    def streams(environ: Any, start_response: Any) -> Any:
-        write = start_response("200 OK", [])
-        write(b"")
-        return given
+    def __init__(self, file: Any) -> None:
+        self.file, self.close = file, file.close
 
-    guarded = PapaoursAuthMiddleware(streams, authenticator=authenticator)
-    assert guarded(environ_of(headers=HEADERS), lambda *_: bytes) is given
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.file)
+
+
+@pytest.mark.parametrize("usage", [False, True])
+@pytest.mark.parametrize("body", [[b"a", b"b"], (b"a",), [], b"a", None, 5, "a", Wrapper(io.BytesIO(b"a"))])
+def test_what_a_server_looks_at_is_handed_on_as_it_is(
+    authenticator: Authenticator, kept: Kept, body: Any, usage: bool
+) -> None:
+    """And what no server takes too: it is the server's to say so."""
+
+    def answers(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [])(b"")
+        return body
+
+    guarded = PapaoursAuthMiddleware(
+        answers, authenticator=authenticator, usage=kept.recorder if usage else None
+    )
+    environ = environ_of(headers=HEADERS) | {"wsgi.file_wrapper": Wrapper}
+    assert guarded(environ, lambda *_: bytes) is body
+    if hasattr(body, "close"):
+        body.close()
+    faulty = isinstance(body, (str, int, type(None)))
+    expected = [(0, "failed") if faulty else (200, "completed")] if usage else []
+    assert [(event.status, event.outcome) for event in kept.events()] == expected
+
+
+class Sized:
+    def __init__(self) -> None:
+        self.closed = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter([b"one"])
+
+    def __len__(self) -> int:
+        return 1
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_another_iterable_keeps_its_length_and_is_closed_once(
+    authenticator: Authenticator, kept: Kept
+) -> None:
+    body = Sized()
+
+    def answers(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [])
+        return body
+
+    guarded: Any = PapaoursAuthMiddleware(answers, authenticator=authenticator, usage=kept.recorder)
+    given = guarded(environ_of(headers=HEADERS), lambda *_: bytes)
+    assert (len(given), list(given)) == (1, [b"one"])
+    given.close()
+    assert body.closed == 1
+    assert [event.outcome for event in kept.events()] == ["completed"]
+
+
+def test_an_app_may_be_a_generator(authenticator: Authenticator) -> None:
+    """Its answer begins with its first step: granian reads status and headers before it."""
+
+    def generates(environ: Any, start_response: Any) -> Any:
+        start_response("201 Created", [("Content-Type", "text/plain")])
+        yield b"one"
+        yield b"two"
+
+    started: list[str] = []
+
+    def start(status: str, headers: Any, exc_info: Any = None) -> Any:
+        started.append(status)
+        return bytes
+
+    given = PapaoursAuthMiddleware(generates, authenticator=authenticator)(environ_of(headers=HEADERS), start)
+    assert started == ["201 Created"]
+    assert list(given) == [b"one", b"two"]
+
+
+def test_pitfall_43_headers_that_can_be_read_once_are_read_once(authenticator: Authenticator) -> None:
+    def answers(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", iter([("Cache-Control", "no-store"), ("Set-Cookie", "a=b")]))
+        return [b"ok"]
+
+    _, headers, _ = run_wsgi(
+        PapaoursAuthMiddleware(answers, authenticator=authenticator), environ_of(headers=HEADERS)
+    )
+    assert headers == {"cache-control": "no-store", "set-cookie": "a=b"}
+
+
+def starlettes_bridge(app: Any, calls: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated, and in use
+        from starlette.middleware.wsgi import WSGIMiddleware as Bridge
+    client = StarletteClient(Bridge(app))
+    for _ in range(calls):
+        assert client.get("/contracts", headers=dict(HEADERS)).status_code == 200
+
+
+def werkzeugs_client(app: Any, calls: int) -> None:
+    client = WerkzeugClient(app)
+    for _ in range(calls):
+        assert client.get("/contracts", headers=HEADERS, buffered=False).get_data()
+
+
+def flasks_client(app: Any, calls: int) -> None:
+    flask = Flask(__name__)
+    flask.wsgi_app = app  # type: ignore[method-assign]
+    for _ in range(calls):
+        assert flask.test_client().get("/contracts", headers=HEADERS).data
+
+
+def one_that_closes_nothing(app: Any, calls: int) -> None:
+    for _ in range(calls):
+        assert list(app(environ_of(headers=HEADERS), lambda *_: bytes))
+
+
+@pytest.mark.parametrize(
+    "client", [starlettes_bridge, werkzeugs_client, flasks_client, one_that_closes_nothing]
+)
+@pytest.mark.parametrize("pieces", [[b"list"], iter, "generator"], ids=["list", "iterator", "generator"])
+def test_ten_calls_are_ten_events_although_no_body_is_closed(
+    authenticator: Authenticator, kept: Kept, client: Any, pieces: Any
+) -> None:
+    def answers(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        if pieces is iter:
+            return iter([b"one", b"two"])
+        return pieces if isinstance(pieces, list) else (piece for piece in [b"one", b"two"])
+
+    client(PapaoursAuthMiddleware(answers, authenticator=authenticator, usage=kept.recorder), 10)
+    assert [(event.status, event.outcome) for event in kept.events()] == [(200, "completed")] * 10
+
+
+def test_a_status_that_comes_too_late_is_not_the_one_recorded(
+    authenticator: Authenticator, kept: Kept
+) -> None:
+    """Servers raise then. One that does not has sent the first status all the same."""
+
+    def breaks(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [])
+        yield b"one"
+        try:
+            raise LookupError
+        except LookupError:
+            start_response("500 Internal Server Error", [], sys.exc_info())
+
+    for strict in (True, False):
+
+        def begin(status: str, headers: Any, exc_info: Any = None, strict: bool = strict) -> Any:
+            if exc_info and strict:
+                raise exc_info[1]
+            return bytes
+
+        guarded = PapaoursAuthMiddleware(breaks, authenticator=authenticator, usage=kept.recorder)
+        with contextlib.suppress(LookupError):
+            list(guarded(environ_of(headers=HEADERS), begin))
+    assert [(event.status, event.outcome) for event in kept.events()] == [(200, "failed"), (200, "completed")]
 
 
 def test_an_app_that_starts_its_answer_anew_after_an_error_is_passed_on(authenticator: Authenticator) -> None:
@@ -234,8 +397,8 @@ def test_pitfall_47_a_server_that_is_not_known_to_drop_underscores_is_told_once(
     guard = PapaoursAuthMiddleware(app, authenticator=authenticator, trusted_proxies=["203.0.113.9"])
     forwarded = [("X-Forwarded-For", "198.51.100.7")]
     for software in ("granian", "WSGIServer/0.2 CPython/3.11", "", "mygunicorn/1"):
-        assert guard._client(environ_of(headers=forwarded, SERVER_SOFTWARE=software)) is None
-    assert guard._client(environ_of(headers=forwarded)) == "198.51.100.7"
+        assert guard.client_of(environ_of(headers=forwarded, SERVER_SOFTWARE=software)) is None
+    assert guard.client_of(environ_of(headers=forwarded)) == "198.51.100.7"
     assert len([record for record in caplog.records if "proxy_drops_underscores" in record.getMessage()]) == 1
 
 

@@ -35,6 +35,7 @@ COMMANDS: Mapping[str, Callable[[str, int], list[str]]] = {
     "gunicorn-threads": lambda app, port: [
         *("gunicorn", app, f"--bind=127.0.0.1:{port}", "--workers=2", "--threads=4", "--max-requests=1000")
     ],
+    "gunicorn-gthread": lambda app, port: ["gunicorn", app, f"--bind=127.0.0.1:{port}", "--threads=4"],
     "granian-workers": lambda app, port: [
         *("granian", app, "--interface=asgi", f"--port={port}", "--workers=2", "--respawn-failed-workers")
     ],
@@ -43,6 +44,9 @@ COMMANDS: Mapping[str, Callable[[str, int], list[str]]] = {
     ],
     "waitress": lambda app, port: ["waitress", f"--listen=127.0.0.1:{port}", app],
     "granian-wsgi": lambda app, port: ["granian", app, "--interface=wsgi", f"--port={port}"],
+    "wsgiref": lambda app, port: ["plain_servers", "wsgiref", app, str(port)],
+    "werkzeug": lambda app, port: ["plain_servers", "werkzeug", app, str(port)],
+    "uwsgi": lambda app, port: ["plain_servers", "uwsgi", app, str(port)],
 }
 ASGI = ("uvicorn", "granian", "hypercorn")
 WSGI = ("gunicorn", "gunicorn-preload", "waitress", "granian-wsgi")

@@ -1,0 +1,384 @@
+"""One answer of a WSGI app on its way through a guard: what of it is sent, and what is recorded.
+
+What an app returns is handed on as it is wherever servers look at what it is: a list (they ask for its length), and
+what ``wsgi.file_wrapper`` made (they send such a file themselves). Only other iterables are wrapped.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Final
+
+from ._middleware import recordable, vouched
+from .exceptions import Refused
+from .http import render
+from .model import Identity
+from .usage import Call, Outcome, Recorder, begin_call
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+    from .wsgi import PapaoursAuthMiddleware
+
+    ExcInfo = tuple[type[BaseException], BaseException, TracebackType] | tuple[None, None, None]
+
+IDENTITY: Final = "papaours.identity"
+REFUSED: Final = "papaours.refused"
+"""Where in an environ it is noted that a `Refused` was answered below a guard, for what the guard records."""
+_RECORDERS: Final = "papaours.recorders"
+"""Where in an environ the recorders are listed that have this call: each records it once, whatever is nested."""
+_FILE_WRAPPER: Final = "wsgi.file_wrapper"
+# Bound once: to name a member of an enum costs 100 ns.
+_COMPLETED, _FAILED, _GONE = Outcome.COMPLETED, Outcome.FAILED, Outcome.GONE
+_monotonic: Final = time.monotonic
+
+
+class Answer:
+    """The answer to one request. ``identity``: whom the guard found, None for an anonymous or a refused caller."""
+
+    # Of the class until they change.
+    _said = ""  # the status, as the app said it last before anything was sent
+    _sent = False
+    _call: Call | None = None
+    _recorder: Recorder | None = None
+    _file: object = None  # what `wsgi.file_wrapper` made, where it is a function
+
+    def __init__(
+        self,
+        guard: PapaoursAuthMiddleware,
+        environ: WSGIEnvironment,
+        start_response: StartResponse,
+        identity: Identity | None,
+    ) -> None:
+        self._guard, self._environ, self._start_response = guard, environ, start_response
+        self._identity = identity
+        if guard.recorder is not None:
+            self._record(guard.recorder)
+
+    def _record(self, recorder: Recorder) -> None:
+        environ = self._environ
+        wrapper = environ.get(_FILE_WRAPPER)
+        if wrapper is not None and not isinstance(wrapper, type):
+            environ[_FILE_WRAPPER] = partial(self._wrap_file, wrapper)
+        recorders = environ.setdefault(_RECORDERS, [])
+        if recorder in recorders:
+            return  # a guard further out records this call there
+        self._recorder = recorder
+        if self._identity is None:
+            self._began = _monotonic()
+        else:
+            recorders.append(recorder)
+            self._call = begin_call(self._identity, self._guard.client_of(environ), environ["REQUEST_METHOD"])
+
+    def run(self, app: WSGIApplication) -> Iterable[bytes]:
+        """Call the app, and return what the server is to send."""
+        try:
+            body = app(self._environ, self.start)
+        except BaseException as error:
+            answered = self._caught(error)
+            if answered is None:
+                raise
+            return answered
+        if isinstance(body, (list, tuple)):
+            if body and isinstance(body[0], str):
+                self.end(_FAILED)  # no server takes text
+            else:
+                self._complete()
+            return body
+        return self._handed_on(body)
+
+    def refuse(self, refused: Refused) -> Iterable[bytes]:
+        """Answer a request that the guard itself refuses."""
+        self._environ[REFUSED] = refused.copy()  # the raised one has frames that hold this environ
+        body = respond(refused, self._environ, self.start)
+        self._complete()
+        return body
+
+    def start(
+        self, status: str, headers: list[tuple[str, str]], exc_info: ExcInfo | None = None, /
+    ) -> Callable[[bytes], object]:
+        """Be the `start_response` of the app."""
+        if self._identity is not None or self._found_late():
+            headers = _private(headers)
+        if exc_info is None:
+            self._write = self._start_response(status, headers)
+        else:
+            self._write = self._start_response(
+                status, headers, exc_info
+            )  # raises if the status has been sent
+        if not self._sent:
+            self._said = status
+        write: object = self._write
+        return self._write if write is None else self._written  # granian has none
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the call is recorded, and has not ended."""
+        return self._call is not None
+
+    def sending(self) -> None:
+        """Note that the server is about to send the status: from now on it cannot change."""
+        if self._sent:
+            return
+        self._sent = True
+        if self._call is not None and self._recorder is not None:
+            self._describe(self._call, self._said)
+            self._recorder.sent(self._call)
+
+    def end(self, outcome: Outcome) -> None:
+        """Note how the call ended, unless that is known already."""
+        call, self._call = self._call, None
+        if call is not None and self._recorder is not None:
+            if not self._sent:
+                self._describe(call, "")
+            self._recorder.done(call, outcome)
+
+    def failed(self, error: BaseException) -> None:
+        """Note that the app raised. An error of a connection, once the answer has begun, is the client's end."""
+        self.end(_GONE if self._sent and isinstance(error, OSError) else _FAILED)
+
+    def _written(self, data: bytes) -> object:
+        """Be the `write` of the app (PEP 3333 has it for old apps)."""
+        if data:
+            self.sending()
+        return self._write(data)
+
+    def _caught(self, error: BaseException) -> Iterable[bytes] | None:
+        """Answer a `Refused` from below while nothing is sent; None for any other error, which goes on."""
+        if self._sent or not isinstance(error, Refused):
+            self.failed(error)
+            return None
+        environ = self._environ
+        environ[REFUSED] = error.copy()
+        answer = render(error, accept_language=environ.get("HTTP_ACCEPT_LANGUAGE", ""))
+        try:
+            self.start(
+                answer.status_line,
+                list(answer.headers),
+                (Refused, error, error.__traceback__) if self._said and error.__traceback__ else None,
+            )
+        except SystemError:  # uWSGI has taken the new status, and raises all the same
+            pass
+        except BaseException:  # the server has sent something after all
+            self.end(_FAILED)
+            raise
+        self._complete()
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [answer.body]
+
+    def _complete(self) -> None:
+        """Note that the server has the whole answer."""
+        call, self._call = self._call, None
+        if call is not None and self._recorder is not None:
+            if not self._sent:
+                self._describe(call, self._said)
+            self._recorder.done(call, _COMPLETED if self._said else _FAILED)
+
+    whole = _complete
+
+    def _handed_on(self, body: Iterable[bytes]) -> Iterable[bytes]:
+        """Return a body that is no list: a file, another iterable, or what only the server can complain of."""
+        wrapper = self._environ.get(_FILE_WRAPPER)
+        if isinstance(wrapper, type) and isinstance(body, wrapper):
+            return self._closing_noted(body)
+        if isinstance(body, str):
+            self.end(_FAILED)
+            return body
+        if isinstance(body, bytes):  # PEP 3333 forbids it, and uWSGI takes it
+            self._complete()
+            return body
+        if self._recorder is None:
+            if hasattr(body, "read"):  # uWSGI knows a file that it is to send by its identity
+                return body
+        elif body is self._file and body is not None:
+            self.sending()
+            return body
+        return self._begun(body)
+
+    def _begun(self, body: Iterable[bytes]) -> Iterable[bytes]:
+        """Take the first step of a body, and return the whole.
+
+        Here, and not when the server asks for it: a generator that is an app begins its answer in that step, and any
+        app may refuse in it. Granian's answer has begun when the app returns; others wait for this step anyway.
+        """
+        try:
+            pieces = iter(body)
+        except TypeError:  # the server says so
+            self.end(_FAILED)
+            return body
+        try:
+            first = next(pieces)
+        except StopIteration:
+            self._complete()
+            return body if pieces is body else _wrapped(self, body, pieces)
+        except BaseException as error:
+            answered = self._caught(error)
+            _close(body)
+            if answered is None:
+                raise
+            return answered
+        if isinstance(first, str):
+            self.end(_FAILED)
+        return _wrapped(self, body, chain((first,), pieces))
+
+    def _closing_noted(self, body: Any) -> Iterable[bytes]:  # Any: a server's own type
+        """Return what the server's own file wrapper made, which the server knows by its type and closes."""
+        self.sending()
+        if self._call is not None:
+            try:
+                body.close = partial(self._closed, getattr(body, "close", None))
+            except AttributeError:  # a type made in C
+                self._complete()
+        return body  # type: ignore[no-any-return]  # as above
+
+    def _wrap_file(self, wrapper: Callable[..., object], file: Any, block_size: int = 8192) -> object:
+        """Be the ``wsgi.file_wrapper`` of a server whose own one is a function (uWSGI)."""
+        self._file = wrapper(_File(file, partial(self._closed, getattr(file, "close", None))), block_size)
+        return self._file
+
+    def _closed(self, close: Callable[[], object] | None) -> None:
+        # Only an error under way tells that a server, which sends the file itself, has not sent all of it.
+        outcome = _COMPLETED if sys.exc_info()[0] is None else _GONE
+        try:
+            if close is not None:
+                close()
+        finally:
+            self.end(outcome)
+
+    def _found_late(self) -> bool:
+        """Record what was found only after the guard had let the request pass, or while it refused it.
+
+        Return whether that is a caller.
+        """
+        environ, recorder = self._environ, self._recorder
+        refused: Refused | None = environ.get(REFUSED)
+        if refused is None:
+            caller = self._identity = vouched(environ[IDENTITY], self._guard.authenticator)
+        else:
+            caller = refused.known
+        found = self._identity is not None
+        if recorder is None or self._call is not None or recorder in environ[_RECORDERS]:
+            return found
+        if caller is not None:
+            client, reason = self._guard.client_of(environ), refused.reason.value if refused else ""
+            self._call = begin_call(caller, client, environ["REQUEST_METHOD"], reason)
+            self._call.started = self._began
+        elif refused is not None:
+            recorder.refused(refused.reason, self._guard.client_of(environ))
+        else:
+            return found
+        environ[_RECORDERS].append(recorder)
+        return found
+
+    def _describe(self, call: Call, status: str) -> None:
+        environ, form = self._environ, self._guard.authenticator.format
+        try:
+            call.status = int(status[:3])
+        except (TypeError, ValueError):  # none, or what the server will complain of
+            call.status = 0
+        call.route = recordable(route_of(environ), form)
+        if not call.reason and REFUSED in environ:
+            call.reason = environ[REFUSED].reason.value
+        call.request_id = recordable(environ.get("HTTP_X_REQUEST_ID", ""), form)
+
+
+class _Pieces:
+    """A body that is neither a list nor a file, and how it ends."""
+
+    __slots__ = ("_answer", "_body", "_pieces")
+
+    def __init__(self, answer: Answer, body: Iterable[bytes], pieces: Iterator[bytes]) -> None:
+        self._answer, self._body, self._pieces = answer, body, pieces
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._noted() if self._answer.recorded else self._pieces
+
+    def _noted(self) -> Iterator[bytes]:
+        answer = self._answer
+        try:
+            for piece in self._pieces:
+                if piece:  # PEP 3333: headers wait for one that is not empty
+                    answer.sending()
+                    yield piece
+                    break
+                yield piece
+            yield from self._pieces
+        except GeneratorExit:
+            answer.end(_GONE)
+            raise
+        except BaseException as error:
+            answer.failed(error)
+            raise
+        answer.whole()
+
+    def close(self) -> None:
+        """Close the app's own iterable (PEP 3333: servers call it whatever happens)."""
+        try:
+            _close(self._body)
+        finally:
+            self._answer.end(_GONE)
+
+
+class _Sized(_Pieces):
+    """One that had a length: servers make a Content-Length of it."""
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        return len(self._body)  # type: ignore[arg-type]  # `_wrapped` looked
+
+
+def _wrapped(answer: Answer, body: Iterable[bytes], pieces: Iterator[bytes]) -> Iterable[bytes]:
+    return (_Sized if hasattr(body, "__len__") else _Pieces)(answer, body, pieces)
+
+
+class _File:
+    """A file whose closing is noted."""
+
+    def __init__(self, file: Any, close: Callable[[], None]) -> None:  # Any: whatever an app takes for a file
+        self._file, self.close = file, close
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._file)
+
+
+def _close(body: Iterable[bytes]) -> None:
+    close = getattr(body, "close", None)
+    if close is not None:
+        close()
+
+
+def respond(refused: Refused, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+    """Answer a refused request."""
+    answer = render(refused, accept_language=environ.get("HTTP_ACCEPT_LANGUAGE", ""))
+    start_response(answer.status_line, list(answer.headers))
+    return [] if environ["REQUEST_METHOD"] == "HEAD" else [answer.body]
+
+
+def route_of(environ: WSGIEnvironment) -> str:
+    """Return the route's template where the framework tells it (Flask), else the path."""
+    rule = getattr(getattr(environ.get("werkzeug.request"), "url_rule", None), "rule", None)
+    return rule if isinstance(rule, str) else path_of(environ)
+
+
+def path_of(environ: WSGIEnvironment) -> str:
+    """Return the path that the app is asked for, decoded."""
+    path: str = environ.get("PATH_INFO", "")
+    return path.encode("latin-1", "replace").decode("utf-8", "replace")  # PEP 3333: bytes dressed as latin-1
+
+
+def _private(headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Keep shared caches from an answer where the app said nothing (they know Authorization, not X-API-KEY)."""
+    if type(headers) is not list:  # whatever a server takes: an iterator is read once
+        headers = list(headers)
+    for name, _ in headers:  # no all(): its generator costs 250 ns an answer
+        if name.lower() == "cache-control":
+            return headers
+    return [*headers, ("Cache-Control", "private")]
