@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, TypeAlias, cast
 
-from papaours_auth import Authenticator, PepperRing, Refused, open_store
+from papaours_auth import Authenticator, KeyFormat, PepperRing, Refused, open_store
 from papaours_auth.digest import PEPPER_VARIABLE
 from papaours_auth.stores import Found, Store
 from papaours_auth.verify import Claim
@@ -89,6 +89,7 @@ def _flood(
     """Refuse so many keys."""
     counting = Counting(store)
     options: Any = {"environment": "prod", "peppers": peppers, "max_staleness": TRUST}
+    options["format"] = KeyFormat(foreign=True)  # or no foreign key would be looked up: this store holds none
     with Authenticator(cast("Store", counting), **options) as authenticator:
         authenticator.authenticate(valid)
         spent, memory = 0, 0.0

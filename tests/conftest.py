@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from papaours_auth import AsyncAuthenticator, Authenticator, Keys, PepperRing, open_store, parse_peppers
+from papaours_auth import (
+    AsyncAuthenticator,
+    Authenticator,
+    KeyFormat,
+    Keys,
+    PepperRing,
+    open_store,
+    parse_peppers,
+)
 from papaours_auth.stores import Store
 from papaours_auth.stores.memory import AsyncMemoryStore, MemoryStore
 from support.doors import Door, Spy, open_door
@@ -104,11 +112,15 @@ def spy(store: Store) -> Spy:
 def opens(
     request: pytest.FixtureRequest, spy: Spy, ring: PepperRing, clock: ManualClock
 ) -> Iterator[Callable[..., Door]]:
-    """Open authenticators over the spy, watched by hand: the first reading is done, `Door.refresh` does more."""
+    """Open authenticators over the spy, watched by hand: the first reading is done, `Door.refresh` does more.
+
+    Foreign keys are looked up whatever the store holds: `test_foreign` is about when they are not.
+    """
     doors: list[Door] = []
 
     def opened(**options: Any) -> Door:
-        given = {"peppers": ring, "clock": clock, "watch": False, **options}
+        looked_up = KeyFormat(foreign=True)
+        given = {"peppers": ring, "clock": clock, "watch": False, "format": looked_up, **options}
         doors.append(open_door(request.param, spy.store, **given))
         if not given["watch"]:
             doors[-1].refresh()

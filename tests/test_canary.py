@@ -14,6 +14,7 @@ import pytest
 
 from papaours_auth import (
     Authenticator,
+    KeyFormat,
     Keys,
     PapaoursAuthError,
     PepperRing,
@@ -141,7 +142,7 @@ def test_pitfall_28_no_key_is_seen_when_the_store_breaks_in_the_middle_of_a_call
         raise StoreUnavailable("broken on purpose")
 
     monkeypatch.setattr(SQLiteStore, "lookup", broken)
-    authenticator = Authenticator(store, environment="prod", peppers=ring)
+    authenticator = Authenticator(store, environment="prod", peppers=ring, format=KeyFormat(foreign=True))
     attempt(everything, authenticator.authenticate, FOREIGN)
     app = PapaoursAuthMiddleware(lambda environ, start_response: [b""], authenticator=authenticator)
     environ: dict[str, object] = {"HTTP_AUTHORIZATION": f"Bearer {FOREIGN}"}

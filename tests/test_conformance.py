@@ -305,6 +305,10 @@ class Estate:
 
 
 class BrokenStore(MemoryStore):
+    def __init__(self) -> None:
+        super().__init__()
+        self._minted_only = False  # or nobody would ask it for the seed's key
+
     def lookup(self, claim: Claim) -> Any:
         raise StoreUnavailable("broken on purpose")
 

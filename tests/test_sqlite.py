@@ -27,9 +27,10 @@ from papaours_auth import (
     open_store,
 )
 from papaours_auth.stores import Author, Found, Store
+from papaours_auth.stores import sqlite as sqlite_module
 from papaours_auth.stores.sqlite import SQLiteStore
 from papaours_auth.stores.sqlite_wal import turn_to_wal
-from papaours_auth.verify import Claim, read
+from papaours_auth.verify import PARTITIONS, Claim, read
 from support.servers import wait_until
 
 SEED = "pk_prod_abc123def456ghi789"
@@ -436,6 +437,33 @@ def test_what_is_no_store_of_ours_stops_at_start(
     with pytest.raises(ConfigurationError, match=said) as error:
         open_store(f"sqlite:///{path}", create=create)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("kind", "minted_only"), [("key.created", True), ("key.imported", False)])
+def test_a_file_of_schema_1_that_is_migrated_tells_of_foreign_keys_by_its_journal(
+    path: Path, kind: str, minted_only: bool
+) -> None:
+    first = Path(sqlite_module.__file__).with_name("sqlite_1.sql").read_text(encoding="utf-8")
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("pragma journal_mode = wal")
+        for statement in first.split(";\n\n"):
+            connection.execute(statement)
+        connection.execute("insert into meta values (1, 'ours', 0)")
+        for seq, told in ((1, "store.created"), (2, kind), (3, "key.disabled")):
+            connection.execute(
+                "insert into changes values (?, randomblob(16), 0, 'Alice', ?, 'key_1', '{}', '{}')",
+                (seq, told),
+            )
+        connection.execute("pragma user_version = 1")
+        connection.commit()
+    with pytest.raises(ConfigurationError, match="run 'papaours-auth init'"):
+        open_store(f"sqlite:///{path}")
+    for _ in range(2):
+        store = open_store(f"sqlite:///{path}", create=True)
+        reading = store.feed().read({})
+        assert (reading.installation, reading.news[0].epoch.seq) == ("ours", 3)
+        assert list(reading.news[0].minted_only) == (list(range(PARTITIONS)) if minted_only else [])
+        store.close()
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:

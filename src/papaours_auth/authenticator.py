@@ -26,7 +26,7 @@ from .format import MAX_LENGTH, KeyFormat
 from .model import Address, Identity
 from .outage import Breaker, Health
 from .stores import AsyncStore, Description, Found, PepperRecord, Store, open_async_store, open_store
-from .verify import Claim, admit, partition, read, stand
+from .verify import Claim, Judged, admit, partition, read, stand
 from .watcher import Watcher
 
 DEFAULT_MAX_STALENESS: Final = 2.0
@@ -245,7 +245,21 @@ class _Engine(Generic[_F]):
                 raise claim
             finally:
                 del claim  # as below
+        if claim.foreign and self.format.foreign is None:
+            self._check_foreign(claim)
         return _Asked(claim, ring)
+
+    def _check_foreign(self, claim: Claim) -> None:
+        """Refuse a key minted elsewhere while the store, by its last reading, holds none: no lookup is made."""
+        now = self._monotonic()
+        if not self._checked or not self._cache.minted_only(claim.partition, now):
+            return
+        bound = self._binds(now)
+        if bound is None:
+            return
+        _check_primary(bound)
+        at = datetime.fromtimestamp(self._clock.time(), UTC)
+        _let_in(stand(claim, None, now=at, environment=self.environment), None, ())
 
     def _settle(self, digest: bytes, asked: _Asked, found: Found, sent: float) -> _Fetched | None:
         """Judge what a lookup found. None where a change overtook it: look again."""
@@ -440,7 +454,7 @@ class _Engine(Generic[_F]):
             self._starting.release()
 
 
-def _let_in(entry: Entry, client: str | Address | None, needs: str | Sequence[str] | None) -> Identity:
+def _let_in(entry: Judged, client: str | Address | None, needs: str | Sequence[str] | None) -> Identity:
     answer = admit(entry, client=client, needs=needs)
     if isinstance(answer, Refused):
         try:

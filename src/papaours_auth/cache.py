@@ -15,7 +15,7 @@ of a suspended machine, during which the monotonic clock stands still.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Final, NamedTuple, Protocol
 
 from .model import Identity
@@ -105,6 +105,7 @@ class Cache:
         self._epochs: dict[int, Epoch] = {}
         self._trust: dict[int, float] = {}
         self._told: Told | None = None
+        self._minted_only: dict[int, int] = {}  # `Claim.partition` -> the partition that tells of it
         self._installation: str | None = None
         self._by_key: dict[str, bytes] = {}
         self._by_machine: dict[str, set[bytes]] = {}
@@ -132,6 +133,13 @@ class Cache:
                 return told if now < until else None
             told = self._told
         return None
+
+    def minted_only(self, partition: int, now: float) -> bool:
+        """Whether a reading within ``max_staleness`` tells of no foreign key under this `Claim.partition`."""
+        teller = self._minted_only.get(partition)
+        if teller is None or now >= self.trust(teller):
+            return False
+        return self._minted_only.get(partition) == teller  # asked last, as in `_holds`
 
     def trusts(self, entry: Entry, now: float) -> bool:
         """Tell whether an entry may be believed now: its key's, machine's and peppers' partitions are fresh."""
@@ -233,6 +241,7 @@ class Cache:
                         changed = True
                         self._change(kind, subject)
                 self._epochs[partition] = news.epoch
+                self._tell_minted_only(partition, news.minted_only)
                 if news.peppers is not None:
                     changed |= self._tell_peppers(
                         Told(reading.installation, partition, tuple(sorted(news.peppers)))
@@ -256,6 +265,12 @@ class Cache:
         self._told = told
         return True
 
+    def _tell_minted_only(self, partition: int, told: Collection[int]) -> None:
+        """Take in where a partition's log tells that no foreign key was ever added."""
+        for of in [of for of, teller in self._minted_only.items() if teller == partition and of not in told]:
+            del self._minted_only[of]
+        self._minted_only.update(dict.fromkeys(told, partition))
+
     def _change(self, kind: str, subject: str) -> None:
         if kind in ("key.created", "key.imported"):
             self.unknown.clear()
@@ -277,6 +292,7 @@ class Cache:
         """Believe nothing of before: another store answers."""
         self._drop()
         self._told = None
+        self._minted_only.clear()
         self._epochs.clear()
         self._trust.clear()
         self.trusted_until = NEVER

@@ -108,13 +108,14 @@ class KeyText(NamedTuple):
 class KeyFormat:
     """The shape of the keys an app reads and mints.
 
-    ``foreign=False`` refuses keys minted elsewhere without asking the store.
+    ``foreign`` is about keys minted elsewhere. None asks the store for them once it holds any, and refuses them
+    without a lookup until then; True always asks; False refuses them by their text.
     Raises `ConfigurationError` for a token or an environment outside ``[a-z0-9]{1,32}``.
     """
 
     token: str = "pk"  # noqa: S105 - the word every key begins with, not a secret
     environments: tuple[str, ...] = DEFAULT_ENVIRONMENTS
-    foreign: bool = True
+    foreign: bool | None = None
     _pattern: re.Pattern[str] = field(init=False, repr=False, compare=False)
     _head: re.Pattern[str] = field(init=False, repr=False, compare=False)
 
@@ -156,7 +157,7 @@ class KeyFormat:
         environment, usage, body = match.groups()
         usage = usage[1:]
         if len(body) != MINTED_BODY:
-            return KeyText(environment, usage, body[-4:], None, None) if self.foreign else None
+            return None if self.foreign is False else KeyText(environment, usage, body[-4:], None, None)
         checked = presented[:-_CHECKSUM]
         tag, checksum = _numbers(presented[-_TAG - _CHECKSUM :])
         # 62**6 > 2**32: larger values are nobody's checksum or tag, and fail these comparisons.

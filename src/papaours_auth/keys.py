@@ -256,7 +256,9 @@ class Keys:
         candidates = self._ring.candidates(presented)
         first = [candidate for candidate in candidates if candidate.pepper_id == primary.id]
         others = [candidate for candidate in candidates if candidate.pepper_id != primary.id]
-        claim = Claim(key.environment, partition(presented), (*first, *others))
+        claim = Claim(
+            key.environment, partition(presented), (*first, *others), foreign=kind == "key.imported"
+        )
         self._store.add_key(key, claim, kind, self._author())
 
     def keys(self, machine: str | None = None) -> list[Key]:

@@ -23,11 +23,16 @@ PARTITIONS: Final = 16
 
 
 class Claim(NamedTuple):
-    """A well-formed key: what it may be stored under, and nothing that would give its text away."""
+    """A well-formed key: what it may be stored under, and nothing that would give its text away.
+
+    ``foreign``: its text was minted elsewhere (`KeyText.foreign`). A store that adds such a key stops telling of
+    its partition that it holds none (`News.minted_only`).
+    """
 
     environment: str
     partition: int
     candidates: tuple[Candidate, ...]
+    foreign: bool = True
 
     def __repr__(self) -> str:
         return f"Claim({self.environment!r}, partition {self.partition})"
@@ -69,7 +74,7 @@ def read(presented: bytes, *, format: KeyFormat, peppers: PepperRing) -> Claim |
         return Refused(Reason.MALFORMED_KEY)
     if text.tagged is not None and text.tag is not None and not peppers.issued(text.tagged, text.tag):
         return Refused(Reason.MALFORMED_KEY)
-    return Claim(text.environment, partition(presented), peppers.candidates(presented))
+    return Claim(text.environment, partition(presented), peppers.candidates(presented), text.foreign)
 
 
 def partition(presented: bytes) -> int:

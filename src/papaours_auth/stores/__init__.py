@@ -9,7 +9,7 @@ in one; its tip, a sequence number with a random nonce, **is** the epoch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -71,11 +71,16 @@ class News(NamedTuple):
 
     ``peppers``: of the one partition whose log tells of changes of peppers, all there are at that epoch (one
     snapshot); None in the others' news. Verifiers keep nothing that was judged by peppers told in another way.
+
+    ``minted_only``: those values of `Claim.partition` whose keys this log tells of, and under which no foreign key
+    was ever added. Verifiers answer "unknown" to foreign keys there without a lookup. A store forgets such a value
+    in the same step as the change that adds the first foreign key, and for good. What is not told is looked up.
     """
 
     epoch: Epoch
     changes: Sequence[tuple[str, str]] | None  # (kind, subject)
     peppers: Sequence[PepperRecord] | None = None
+    minted_only: Collection[int] = ()
 
 
 class Reading(NamedTuple):
@@ -182,7 +187,10 @@ class Store(Lookup, Protocol):
         """List machines, oldest first: all, or those with this id or exact name."""
 
     def add_key(self, key: Key, claim: Claim, kind: str, author: Author) -> None:
-        """Add a key under its claim's first digest. `Conflict` where any of them or the id is there already."""
+        """Add a key under its claim's first digest. `Conflict` where any of them or the id is there already.
+
+        A foreign claim ends `News.minted_only` for its partition, in the same step.
+        """
 
     def update_key(self, key_id: str, columns: KeyColumns, kind: str, author: Author) -> Key:
         """Change columns of a key and give it as it is then."""

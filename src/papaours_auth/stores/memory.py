@@ -14,7 +14,7 @@ from .._fork import hold_across_fork
 from ..digest import Candidate, PepperStatus
 from ..exceptions import ConfigurationError, Conflict, NotFound, StoreUnavailable
 from ..model import Key, Machine, Record
-from ..verify import Claim
+from ..verify import PARTITIONS, Claim
 from . import (
     Author,
     Change,
@@ -57,6 +57,7 @@ class MemoryStore:
         self._keys: dict[str, Key] = {}
         self._digests: dict[bytes, Candidate] = {}
         self._key_of: dict[bytes, str] = {}
+        self._minted_only = True
         self._log: deque[Change] = deque(maxlen=LOG_LENGTH)
         self._tip = next_epoch(None)
         self._log.append(
@@ -81,7 +82,9 @@ class MemoryStore:
                 key_id = self._key_of.get(candidate.digest)
                 if key_id is not None:
                     key = self._keys[key_id]
-                    record = Record(key, self._machines[key.machine_id], candidate.digest)
+                    record = Record(
+                        key, self._machines[key.machine_id], self._digests[candidate.digest].digest
+                    )
                     return Found(record, {0: self._tip})
             return Found(None, {0: self._tip})
 
@@ -196,6 +199,7 @@ class MemoryStore:
             first = claim.candidates[0]
             self._digests[first.digest] = first
             self._key_of[first.digest] = key.id
+            self._minted_only &= not claim.foreign
             self._append(author, kind, key.id, {}, {"machine_id": key.machine_id, "name": key.name})
 
     def update_key(self, key_id: str, columns: KeyColumns, kind: str, author: Author) -> Key:
@@ -266,7 +270,9 @@ class MemoryStore:
                 since = [
                     (change.kind, change.subject) for change in self._log if change.epoch.seq > known.seq
                 ]
-            return Reading(self._installation, {0: News(self._tip, since, tuple(self._peppers.values()))})
+            minted_only = range(PARTITIONS) if self._minted_only else ()
+            peppers = tuple(self._peppers.values())
+            return Reading(self._installation, {0: News(self._tip, since, peppers, minted_only)})
 
     def wait_past(self, known: Epoch | None, timeout: float, stop: threading.Event) -> None:
         """Wait until the tip is another one than known, or until ``stop`` is set."""

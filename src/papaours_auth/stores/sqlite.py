@@ -24,7 +24,7 @@ from .._fork import hold_across_fork, in_own_process, notice_fork
 from ..digest import PepperStatus
 from ..exceptions import ConfigurationError, Conflict, NotFound, StoreUnavailable
 from ..model import Key, Machine, Record
-from ..verify import Claim
+from ..verify import PARTITIONS, Claim
 from . import (
     Author,
     Change,
@@ -65,21 +65,21 @@ MOST_WAITING: Final = 1_000
 """Lookups of event loops that may wait for those threads; more are refused as an outage."""
 _MMAP_BYTES: Final = 1 << 30
 
-_MIGRATIONS: Final = (Path(__file__).with_name("sqlite_1.sql"),)
+_MIGRATIONS: Final = tuple(Path(__file__).with_name(f"sqlite_{version}.sql") for version in (1, 2))
 SCHEMA_VERSION: Final = len(_MIGRATIONS)
 
 _KEYS: Final = ", ".join(f"k.{name}" for name in KEY_COLUMNS)
 _MACHINES: Final = ", ".join(f"m.{name}" for name in MACHINE_COLUMNS)
 _TIP: Final = "(select seq, nonce from changes order by seq desc limit 1)"
 # In one text, so that a reading is one statement, and so one snapshot: see `_SQLiteFeed`.
-_PEPPERS: Final = "(select group_concat(id || ' ' || hex(proof) || ' ' || status, char(10)) from peppers)"
+_TOLD: Final = (
+    "(select group_concat(id || ' ' || hex(proof) || ' ' || status, char(10)) from peppers), meta.minted_only"
+)
 _LOG: Final = (  # of words of ours
-    f"select meta.installation, c.seq, c.nonce, c.kind, c.subject, {_PEPPERS} from meta left join changes c "  # noqa: S608
+    f"select meta.installation, c.seq, c.nonce, c.kind, c.subject, {_TOLD} from meta left join changes c "  # noqa: S608
     "on c.seq >= coalesce(?, (select max(seq) from changes)) order by c.seq limit ?"
 )
-_LOG_END: Final = (
-    f"select meta.installation, tip.seq, tip.nonce, '', '', {_PEPPERS} from meta join {_TIP} tip"  # noqa: S608
-)
+_LOG_END: Final = f"select meta.installation, tip.seq, tip.nonce, '', '', {_TOLD} from meta join {_TIP} tip"  # noqa: S608
 _FIRST_KEY, _FIRST_MACHINE = 4, 4 + len(KEY_COLUMNS)
 
 _File: TypeAlias = tuple[int, int]  # device and inode
@@ -301,6 +301,8 @@ class SQLiteStore:
                 "insert into digests (digest, key_id, pepper_id, algorithm) values (?, ?, ?, ?)",
                 (first.digest, key.id, first.pepper_id, first.algorithm),
             )
+            if claim.foreign:
+                connection.execute("update meta set minted_only = 0")
             after: dict[str, Cell] = {"machine_id": key.machine_id, "name": key.name}
             _append(connection, author, kind, key.id, {}, after)
 
@@ -409,7 +411,8 @@ class _SQLiteFeed:
         epoch = Epoch(*rows[-1][1:3])
         unbroken = tip is not None and same_file and Epoch(*rows[0][1:3]) == tip
         changes = [(row[3], row[4]) for row in rows[1:]] if unbroken else None
-        return Reading(rows[0][0], {0: News(epoch, changes, _read_peppers(rows[-1][5]))})
+        minted_only = range(PARTITIONS) if rows[-1][6] else ()
+        return Reading(rows[0][0], {0: News(epoch, changes, _read_peppers(rows[-1][5]), minted_only)})
 
     def _rows(self, tip: Epoch | None) -> tuple[list[Any], bool]:
         """Give the log from the known tip on, or its last row alone; and whether the file is the same."""
@@ -465,7 +468,7 @@ class _SQLiteFeed:
 
 
 def _read_peppers(text: str | None) -> list[PepperRecord]:
-    """Read what `_PEPPERS` writes. Raises `StoreUnavailable` for what nobody wrote by `Keys`."""
+    """Read what `_TOLD` writes of them. Raises `StoreUnavailable` for what nobody wrote by `Keys`."""
     lines = [line.split(" ") for line in text.split("\n")] if text is not None else []
     try:
         return [
@@ -618,7 +621,7 @@ def _create(path: Path) -> None:
         if version == 0:
             now = time.time_ns() // 1000
             installation = secrets.token_hex(16)
-            connection.execute("insert into meta values (1, ?, ?)", (installation, now))
+            connection.execute("insert into meta values (1, ?, ?, 1)", (installation, now))
             _append(connection, Author("papaours-auth", moment(now)), "store.created", installation, {}, {})
         if version < SCHEMA_VERSION:
             connection.execute(f"pragma user_version = {SCHEMA_VERSION}")
