@@ -19,21 +19,17 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
 
 from sqlalchemy import (
     Connection,
     Engine,
     Select,
-    bindparam,
     delete,
     func,
     insert,
     or_,
     select,
-    true,
     update,
 )
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, SQLAlchemyError
@@ -41,7 +37,7 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError, SQLAlchemyError
 from .._fork import hold_across_fork, notice_fork
 from ..digest import PepperStatus
 from ..exceptions import ConfigurationError, Conflict, NotFound, StoreUnavailable
-from ..model import Key, Machine, Record
+from ..model import Key, Machine
 from ..verify import Claim
 from . import (
     Author,
@@ -71,6 +67,19 @@ from .records import (
 )
 from .sql_drivers import DEFAULT_TIMEOUT, LoopEngines, read_url
 from .sql_level import AtLevel, at_level, died_idle
+from .sql_questions import (
+    Row,
+    Statements,
+    Stray,
+    ask,
+    ask_pooled,
+    changes_between,
+    check_schema,
+    described,
+    found,
+    minted_only,
+    read_tip,
+)
 from .sql_tables import DEFAULT_PREFIX, SCHEMA_VERSION, Tables, create, is_missing
 
 if TYPE_CHECKING:
@@ -84,8 +93,6 @@ POLL_INTERVAL: Final = 0.02
 """Seconds between two looks at the tip where nothing is announced: 0.1 to 0.3 ms each, so 1 % of a connection."""
 HEARD_WITHIN: Final = 1.0
 """Seconds within which PostgreSQL's announcements must prove to arrive. Until then, and else, the tip is polled."""
-LOG_READ: Final = 10_000
-"""Changes a watcher reads at once: further behind, it drops its whole cache."""
 
 _WRITING: Final = {
     "postgresql": "READ COMMITTED",
@@ -93,11 +100,9 @@ _WRITING: Final = {
     "mariadb": "REPEATABLE READ",
     "sqlite": "SERIALIZABLE",
 }
-_FIRST_KEY, _FIRST_MACHINE = 5, 5 + len(KEY_COLUMNS)
 _OURS: Final = "papaours-auth "
 
 _T = TypeVar("_T")
-_Row: TypeAlias = Sequence[Any]
 
 
 def open_store(url: str, create: bool) -> SQLStore:
@@ -122,91 +127,6 @@ def open_async_store(url: str, create: bool) -> AsyncSQLStore:
     """Open the same for event loops."""
     place = read_url(url)
     return AsyncSQLStore(LoopEngines(place.async_engine), open_store(url, create), timeout=place.timeout)
-
-
-@dataclass(frozen=True)
-class _Statements:
-    """What is asked on the way of every request, made once."""
-
-    tables: Tables
-
-    @cached_property
-    def lookup(self) -> Select[Any]:
-        meta, digests, keys, machines = (
-            self.tables.meta, self.tables.digests, self.tables.keys, self.tables.machines,
-        )  # fmt: skip
-        wanted = digests.c.digest.in_(bindparam("digests", expanding=True))
-        return (
-            select(
-                *self._mark,
-                digests.c.digest,
-                *(keys.c[name] for name in KEY_COLUMNS),
-                *(machines.c[name] for name in MACHINE_COLUMNS),
-            )
-            .select_from(
-                meta.outerjoin(digests, wanted)
-                .outerjoin(keys, keys.c.id == digests.c.key_id)
-                .outerjoin(machines, machines.c.id == keys.c.machine_id)
-            )
-            .limit(1)
-        )
-
-    @cached_property
-    def tip(self) -> Select[Any]:
-        return select(*self._mark)
-
-    @cached_property
-    def log(self) -> Select[Any]:
-        changes = self.tables.changes.c
-        return (
-            select(changes.seq, changes.nonce, changes.kind, changes.subject)
-            .where(changes.seq.between(bindparam("known"), bindparam("tip")))
-            .order_by(changes.seq)
-            .limit(LOG_READ + 1)
-        )
-
-    @cached_property
-    def describe(self) -> Select[Any]:
-        meta, peppers = self.tables.meta, self.tables.peppers
-        return (
-            select(*self._mark, peppers.c.id, peppers.c.proof, peppers.c.status)
-            .select_from(meta.outerjoin(peppers, true()))
-            .order_by(peppers.c.id)
-        )
-
-    @property
-    def _mark(self) -> tuple[Any, ...]:
-        meta = self.tables.meta.c
-        return meta.installation, meta.schema_version, meta.seq, meta.nonce
-
-
-def _check_mark(row: _Row | None) -> _Row:
-    """Look at the first columns of an answer: whose store, which schema. Raises for what is not as it must be."""
-    if row is None:
-        raise StoreUnavailable(
-            "the SQL store has no installation mark: run 'papaours-auth init' on a new one, or restore a backup"
-        )
-    if row[1] != SCHEMA_VERSION:
-        raise ConfigurationError(
-            f"the SQL store has schema {row[1]} and this papaours-auth reads {SCHEMA_VERSION}: "
-            + ("upgrade this one" if row[1] > SCHEMA_VERSION else "run 'papaours-auth init' on it")
-        )
-    return row
-
-
-def _found(row: _Row | None) -> Found:
-    row = _check_mark(row)
-    epochs = {0: Epoch(row[2], bytes(row[3]))}
-    if row[4] is None:
-        return Found(None, epochs)
-    key = read_key(row[_FIRST_KEY:_FIRST_MACHINE])
-    return Found(Record(key, read_machine(row[_FIRST_MACHINE:]), bytes(row[4])), epochs)
-
-
-def _described(rows: Sequence[_Row]) -> Description:
-    mark = _check_mark(rows[0] if rows else None)
-    peppers = (PepperRecord(row[4], bytes(row[5]), row[6]) for row in rows if row[4] is not None)
-    return Description(mark[0], tuple(peppers))
 
 
 class SQLStore:
@@ -236,7 +156,7 @@ class SQLStore:
         self._writer = writer if writer is not None else engine
         self._reads = AtLevel(engine, "AUTOCOMMIT")
         self._writes = AtLevel(self._writer, _WRITING[engine.dialect.name])
-        self._statements = _Statements(self.tables)
+        self._statements = Statements(self.tables)
         self._seen = False  # its tables, once: what is missing later was lost
         self._closed = False
         hold_across_fork(self)
@@ -258,16 +178,12 @@ class SQLStore:
 
     def lookup(self, claim: Claim) -> Found:
         """See `Lookup.lookup`."""
-        digests = [candidate.digest for candidate in claim.candidates]
-        return self._read(
-            lambda connection: _found(
-                connection.execute(self._statements.lookup, {"digests": digests}).first()
-            )
-        )
+        values = {"digests": [candidate.digest for candidate in claim.candidates]}
+        return self._read(lambda connection: found(ask_pooled(connection, self._statements.lookup, values)))
 
     def describe(self) -> Description:
         """See `Lookup.describe`."""
-        return self._read(lambda connection: _described(connection.execute(self._statements.describe).all()))
+        return self._read(lambda connection: described(ask_pooled(connection, self._statements.describe, {})))
 
     def feed(self) -> SQLFeed:
         """See `Lookup.feed`."""
@@ -293,13 +209,13 @@ class SQLStore:
         with _outages():
             return self._reads.connect()
 
-    def _read(self, ask: Callable[[Connection], _T]) -> _T:
+    def _read(self, question: Callable[[Connection], _T]) -> _T:
         """Ask once; twice where the connection had died in the pool, which one learns by asking."""
         self._check_open()
         begin = time.monotonic()
         try:
             with self._reads.connect() as connection:
-                answer = ask(connection)
+                answer = question(connection)
         except SQLAlchemyError as error:
             if not died_idle(error, begin):
                 raise self.judged(error) from None
@@ -307,10 +223,10 @@ class SQLStore:
             self._seen = True
             return answer
         with _outages(), self._reads.connect() as connection:
-            return ask(connection)
+            return question(connection)
 
     def judged(self, error: SQLAlchemyError) -> StoreUnavailable | ConfigurationError:
-        """Tell an outage from tables that were never there."""
+        """Tell an outage from tables that were never there, or that are of another schema."""
         if not self._seen and isinstance(error, DBAPIError) and not error.connection_invalidated:
             with suppress(SQLAlchemyError, StoreUnavailable), self._reads.connect() as connection:
                 if is_missing(connection, self.tables):
@@ -318,6 +234,12 @@ class SQLStore:
                         "the SQL store's tables are not there: run 'papaours-auth init', or check schema and "
                         "prefix in the URL (PAPAOURS_STORE)"
                     )
+                try:
+                    check_schema(
+                        connection.scalar(select(self.tables.meta.c.schema_version)) or SCHEMA_VERSION
+                    )
+                except ConfigurationError as wrong:
+                    return wrong
         return _misled(error) or _unavailable(error)
 
     def _check_open(self) -> None:
@@ -413,6 +335,7 @@ class SQLStore:
         keys, digests = self.tables.keys, self.tables.digests
         candidates = [candidate.digest for candidate in claim.candidates]
         with self._writing() as change:
+            change.minted_only &= not claim.foreign
             change.machine(key.machine_id)
             if change.has(select(keys.c.id).where(keys.c.id == key.id)) or change.has(
                 select(digests.c.digest).where(digests.c.digest.in_(candidates))
@@ -488,18 +411,21 @@ class _Change:
 
     def __init__(self, connection: Connection, tables: Tables) -> None:
         self.run = connection.execute
+        self._connection = connection
         self._dialect = connection.dialect.name
         self._tables = tables
         self._tip = self._new = Epoch(0, b"")
+        self.minted_only = True
+        """Whether the store may go on saying that it holds no foreign key, if it does."""
 
     def lock(self) -> None:
         """Wait for the change before this one, and read the tip it left."""
         meta = self._tables.meta
         if self._dialect == "sqlite":  # knows no "for update"; a write locks it
             self.run(update(meta).values(seq=meta.c.seq))
-        row = self.run(_Statements(self._tables).tip.with_for_update()).first()
-        mark = _check_mark(row)
-        self._tip = self._new = Epoch(mark[2], bytes(mark[3]))
+        tip = Statements(self._tables).tip.with_for_update()
+        (row,) = ask_pooled(self._connection, tip, {}, may_be_empty=True) or (None,)
+        self._tip = self._new = read_tip(row)
 
     def append(
         self, author: Author, kind: str, subject: str, before: Mapping[str, Cell], after: Mapping[str, Cell]
@@ -517,7 +443,10 @@ class _Change:
         """Set the tip, and announce it with the commit."""
         if self._new == self._tip:
             return
-        self.run(update(self._tables.meta).values(seq=self._new.seq, nonce=self._new.nonce))
+        values = {"seq": self._new.seq, "nonce": self._new.nonce}
+        if not self.minted_only:
+            values["minted_only"] = 0
+        self.run(update(self._tables.meta).values(values))
         if self._dialect == "postgresql":
             self.run(select(func.pg_notify(self._tables.channel, "")))
 
@@ -560,6 +489,10 @@ class _Change:
         return bool(after)
 
 
+def _ask_at_level(connection: Connection, statement: Select[Any], values: Mapping[str, Any]) -> Sequence[Row]:
+    return ask_pooled(at_level(connection, "AUTOCOMMIT"), statement, values)
+
+
 class AsyncSQLStore:
     """The same for event loops, over an async engine and the blocking store beside it.
 
@@ -578,7 +511,7 @@ class AsyncSQLStore:
         self._engine = engine
         self._sync = sync if isinstance(sync, SQLStore) else SQLStore(sync, prefix=prefix, schema=schema)
         self._timeout = timeout
-        self._statements = _Statements(self._sync.tables)
+        self._statements = Statements(self._sync.tables)
         self._closed = False
 
     @property
@@ -589,12 +522,11 @@ class AsyncSQLStore:
     async def lookup(self, claim: Claim) -> Found:
         """See `Lookup.lookup`."""
         digests = [candidate.digest for candidate in claim.candidates]
-        rows = await self._read(self._statements.lookup, {"digests": digests})
-        return _found(rows[0] if rows else None)
+        return found(await self._read(self._statements.lookup, {"digests": digests}))
 
     async def describe(self) -> Description:
         """See `Lookup.describe`."""
-        return _described(await self._read(self._statements.describe, {}))
+        return described(await self._read(self._statements.describe, {}))
 
     async def aclose(self) -> None:
         """See `AsyncStore.aclose`."""
@@ -603,7 +535,7 @@ class AsyncSQLStore:
             await self._engine.aclose()
         await asyncio.to_thread(self._sync.close)
 
-    async def _read(self, statement: Select[Any], values: Mapping[str, Any]) -> Sequence[_Row]:
+    async def _read(self, statement: Select[Any], values: Mapping[str, Any]) -> Sequence[Row]:
         if self._closed:
             raise StoreUnavailable("the SQL store is closed")
         begin = time.monotonic()
@@ -615,7 +547,7 @@ class AsyncSQLStore:
         with _outages():
             return await self._ask(statement, values)
 
-    async def _ask(self, statement: Select[Any], values: Mapping[str, Any]) -> Sequence[_Row]:
+    async def _ask(self, statement: Select[Any], values: Mapping[str, Any]) -> Sequence[Row]:
         notice_fork()
         try:
             # The driver's own bounds come first where it has any; this one is for those that have none.
@@ -624,9 +556,7 @@ class AsyncSQLStore:
                 if isinstance(engine, LoopEngines):
                     engine = await engine.here()
                 async with engine.connect() as connection:
-                    await connection.run_sync(at_level, "AUTOCOMMIT")
-                    rows: Sequence[_Row] = (await connection.execute(statement, values)).all()
-                    return rows
+                    return await connection.run_sync(_ask_at_level, statement, values)
         except TimeoutError:
             raise StoreUnavailable("the SQL store does not answer in time") from None
 
@@ -639,7 +569,7 @@ class SQLFeed:
 
     def __init__(self, store: SQLStore) -> None:
         self._store = store
-        self._statements = _Statements(store.tables)
+        self._statements = Statements(store.tables)
         self._tip: Epoch | None = None
         self._reset()
         hold_across_fork(self)
@@ -664,29 +594,34 @@ class SQLFeed:
         since = known.get(0)
         with self._using:
             rows = self._ask(self._statements.describe)
-            installation, peppers = _described(rows)
-            self._tip = tip = Epoch(rows[0][2], bytes(rows[0][3]))
+            installation, peppers = described(rows)
+            self._tip = tip = read_tip(rows[0])
             changes: list[tuple[str, str]] | None = None
             if since == tip:
                 changes = []
             elif since is not None:
-                changes = _changes(self._ask(self._statements.log, known=since.seq, tip=tip.seq), since, tip)
-        return Reading(installation, {0: News(tip, changes, peppers)})
+                changes = changes_between(
+                    self._ask(self._statements.log, known=since.seq, tip=tip.seq), since, tip
+                )
+        return Reading(installation, {0: News(tip, changes, peppers, minted_only(rows))})
 
-    def _ask(self, statement: Select[Any], **values: int) -> Sequence[_Row]:
+    def _ask(self, statement: Select[Any], **values: int) -> Sequence[Row]:
         """Ask; once more where the connection had died meanwhile."""
         begin, fresh = time.monotonic(), self._connection is None
         try:
-            return self._connected().execute(statement, values).all()
+            return self._ask_once(statement, values)
         except SQLAlchemyError as error:
-            self._disconnect()
             if fresh or not died_idle(error, begin):
                 raise _unavailable(error) from None
+        with _outages():
+            return self._ask_once(statement, values)
+
+    def _ask_once(self, statement: Select[Any], values: Mapping[str, int]) -> Sequence[Row]:
         try:
-            return self._connected().execute(statement, values).all()
-        except SQLAlchemyError as error:
+            return ask(self._connected(), statement, values)
+        except (SQLAlchemyError, Stray):
             self._disconnect()
-            raise _unavailable(error) from None
+            raise
 
     def _connected(self) -> Connection:
         if self._connection is None:
@@ -759,12 +694,13 @@ class SQLFeed:
                 heard, self._heard = self._heard, False
                 return heard
             try:
-                row = self._connection.execute(self._statements.tip).first()
+                rows = self._connection.execute(self._statements.tip, {"word": 0}).all()
             except SQLAlchemyError:
                 self._disconnect()
                 return True  # the next reading says so
-        # One that is gone the next reading tells of, which must not come at once for as long as it is gone.
-        return row is not None and Epoch(row[2], bytes(row[3])) != self._tip
+        # One that is gone the next reading tells of, which must not come at once for as long as it is gone. Another's
+        # answer brings a reading about, no more.
+        return bool(rows) and Epoch(rows[0][3], bytes(rows[0][4])) != self._tip
 
     def _take_announcements(self) -> None:
         """Take what has arrived by itself, without asking the server anything."""
@@ -797,15 +733,6 @@ class SQLFeed:
             self._reset()
         else:
             self._using.release()
-
-
-def _changes(rows: Sequence[_Row], since: Epoch, tip: Epoch) -> list[tuple[str, str]] | None:
-    """Give what led from one epoch to another; None where either is not in the log, or the way is too long."""
-    if not rows or len(rows) > LOG_READ:
-        return None
-    if [Epoch(row[0], bytes(row[1])) for row in (rows[0], rows[-1])] != [since, tip]:
-        return None
-    return [(row[2], row[3]) for row in rows[1:]]
 
 
 class _Announcement(NamedTuple):

@@ -1,6 +1,6 @@
 """The tables of a SQL store, as SQLAlchemy metadata, and how they are made.
 
-The same columns as in SQLite's schema 1. `meta` also holds the schema's version and the tip of the change log:
+The same columns as in SQLite's schema 2. `meta` also holds the schema's version and the tip of the change log:
 the one row every change locks first, so that numbers are without gaps and in the order of the commits.
 """
 
@@ -26,13 +26,17 @@ from sqlalchemy import (
     SmallInteger,
     Table,
     Text,
+    case,
+    exists,
     insert,
     inspect,
     select,
     text,
+    update,
 )
 from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.schema import CreateColumn
 from sqlalchemy.types import TypeEngine
 
 from ..exceptions import ConfigurationError
@@ -41,7 +45,7 @@ from .sql_lock import Lock, alone
 
 logger = logging.getLogger("papaours_auth")
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 DEFAULT_PREFIX: Final = "papaours_"
 LOCK_SECONDS: Final = 30
 """How long one process waits for another that is making the tables."""
@@ -113,6 +117,7 @@ class Tables:
             Column("schema_version", Integer, nullable=False),
             Column("seq", BigInteger, nullable=False),
             Column("nonce", _bytes(16), nullable=False),
+            Column("minted_only", SmallInteger, nullable=False, server_default="0"),
             self._check("meta_has_one_row", "only_row = 1"),
         )
 
@@ -191,14 +196,31 @@ class Tables:
 
 
 def create(connection: Connection, tables: Tables) -> None:
-    """Make what is missing of the tables, their guards and the installation mark. The caller commits.
+    """Make what is missing of the tables, their guards and the installation mark; migrate. The caller commits.
 
     Safe with others doing the same, and after one that died in the middle.
     """
     with alone(connection, _LOCK, LOCK_SECONDS):
         tables.metadata.create_all(connection)
         _guard_journal(connection, tables)
+        _migrate(connection, tables)
         _mark(connection, tables)
+
+
+def _migrate(connection: Connection, tables: Tables) -> None:
+    """Bring schema 1 to schema 2. Alembic may have added the column already, but not what it should say."""
+    meta, changes = tables.meta, tables.changes
+    there = inspect(connection).get_columns(meta.name, schema=tables.schema)
+    if "minted_only" not in {column["name"] for column in there}:
+        table = connection.dialect.identifier_preparer.format_table(meta)
+        column = CreateColumn(meta.c.minted_only).compile(dialect=connection.dialect)
+        connection.exec_driver_sql(f"alter table {table} add column {column}")
+    imported = exists().where(changes.c.kind == "key.imported")
+    connection.execute(
+        update(meta)
+        .where(meta.c.schema_version == 1)
+        .values(schema_version=2, minted_only=case((imported, 0), else_=1))
+    )
 
 
 def _mark(connection: Connection, tables: Tables) -> None:
@@ -216,7 +238,7 @@ def _mark(connection: Connection, tables: Tables) -> None:
     connection.execute(
         insert(tables.meta).values(
             only_row=1, installation=installation, created_at=now, schema_version=SCHEMA_VERSION,
-            seq=epoch.seq, nonce=epoch.nonce,
+            seq=epoch.seq, nonce=epoch.nonce, minted_only=1,
         )
     )  # fmt: skip
 
