@@ -40,6 +40,7 @@ LAYERS = [
         "stores/redis_router.py",
         "stores/redis_wire.py",
         "stores/sql_level.py",
+        "stores/sql_questions.py",
         "stores/sql_lock.py",
         "stores/sql_tables.py",
         "stores/sql_psycopg.py",
@@ -304,6 +305,7 @@ def test_pitfall_14_usage_cannot_reach_a_status() -> None:
             "stores/sqlite_wal.py",
             "stores/sql_drivers.py",
             "stores/sql_level.py",
+            "stores/sql_questions.py",
             "stores/sql_lock.py",
             *CARRIERS,
         }, name

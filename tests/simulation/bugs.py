@@ -9,7 +9,7 @@ from papaours_auth import Identity, StoreUnavailable
 from papaours_auth.stores import Author, Epoch, Feed, Reading
 from papaours_auth.verify import Standing
 
-from .scenario import App, Bug
+from .scenario import App, Bug, Scene
 from .server import SimulatedFeed
 
 
@@ -17,6 +17,10 @@ class NoEpochOnFill(Bug):
     """An answer from before a change is put back after it (pitfall 15)."""
 
     invariant = "a"
+
+    def arrange(self, scene: Scene) -> None:
+        """Keys are changed while they are looked up, and left alone long enough for an entry to be seen after it."""
+        scene.spite, scene.rest, scene.lifetime = 0.4, 2.5, 300.0
 
     def install(self, app: App) -> None:
         cache, fill = app.cache, app.cache.fill

@@ -53,6 +53,9 @@ class Bug:
 
     invariant = ""
 
+    def arrange(self, scene: Scene) -> None:
+        """Make what it takes for it to show likely. The draws are made already."""
+
     def install(self, app: App) -> None:
         """Break a process that has just begun."""
 
@@ -262,6 +265,7 @@ class Scene:
         self.forks = self.policies.choice((0.0, 0.0, 0.1, 0.4))
         self.rotates = self.policies.random() < 0.4
         self.handed_out = 2
+        bug.arrange(self)
         self._prepare()
         self.apps = [App(self, f"process {n}") for n in range(1, 4)]
         self.world.after_step = self._check
