@@ -15,11 +15,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 
-from papaours_auth import Keys, cli, open_store
+from papaours_auth import Keys, StoreUnavailable, cli, open_store
+from papaours_auth import cli_streams as streams
 from papaours_auth.digest import new_pepper, peppers_from_environment
 from papaours_auth.usage import Batch, Event
 from papaours_auth.usage.sqlite import SQLiteSink
@@ -252,6 +254,42 @@ def test_help_that_cannot_be_written(place: Place, words: tuple[str, ...]) -> No
         done = place.run(*words, cwd=place.folder, environ=place.environ, stdout=stream)
         check(done)
         assert done.code == code, (stream, done)
+
+
+@pytest.mark.parametrize("stream", [CLOSED, NO_READER, pytest.param(FULL, marks=needs_full)])
+def test_the_demonstration_stops_where_nobody_can_see_it(place: Place, stream: str) -> None:
+    done = place.run("demo", cwd=place.folder, environ=place.environ, stdout=stream)
+    check(done)
+    assert done.code == 4
+    assert "could not be written" in done.err
+
+
+def test_a_lost_key_that_cannot_be_disabled_either_is_named(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lost() -> None:
+        raise streams.Unwritten(OSError(errno.ENOSPC, "No space left on device"))
+
+    def away(*_: object) -> None:
+        raise StoreUnavailable("the store cannot answer")
+
+    for name, value in place.environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("papaours_auth.cli_streams.flush", lost)
+    monkeypatch.setattr(Keys, "disable_key", away)
+    before = place.keys()
+    assert cli.main(typed(("key", "create"))) == 4
+    (made,) = place.keys().keys() - before.keys()
+    assert f"papaours-auth key disable {made}" in capsys.readouterr().err
+
+
+def test_a_key_that_nobody_types_is_no_traceback(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ctrl_d(_: str) -> str:
+        raise EOFError
+
+    monkeypatch.setattr("getpass.getpass", ctrl_d)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    assert cli.main(["key", "verify"]) == 2
 
 
 def test_descriptors_that_are_closed_are_no_files_of_ours(place: Place) -> None:

@@ -135,7 +135,9 @@ class Guard:
         peer = scope.get("client")
         if self._direct:
             return peer[0] or None if peer else None
-        return self.gate.client(peer[0] if peer else "", _header(scope, b"x-forwarded-for"))
+        # An app that a bridge (a2wsgi) serves from WSGI: X_Forwarded_For has become X-Forwarded-For there.
+        forwarded = None if "wsgi_environ" in scope else _header(scope, b"x-forwarded-for")
+        return self.gate.client(peer[0] if peer else "", forwarded)
 
     def _passes(self, refused: Refused, scope: Scope) -> bool:
         if refused.reason is not Reason.MISSING_KEY:

@@ -23,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
+from . import cli_streams as streams
 from .exceptions import ConfigurationError
 from .keys import Keys
 
@@ -374,4 +375,5 @@ def _keep(administrator: _Administrator, servers: Sequence[_Server]) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)  # noqa: T201 - the demonstration speaks to a person
+    streams.out(text)
+    streams.flush()  # a person watches it happen

@@ -73,9 +73,15 @@ def a2wsgi_bridge() -> Any:
     return Bridge(wsgi())
 
 
-def main(server: str, address: str) -> None:
+def asgi_under_wsgi() -> Any:
+    from a2wsgi import ASGIMiddleware as Bridge
+
+    return Bridge(asgi())
+
+
+def main(server: str, address: str, kind: str = "wsgi") -> None:
     if server == "wsgiref":
-        with make_server("127.0.0.1", int(address), wsgi()) as made:
+        with make_server("127.0.0.1", int(address), asgi_under_wsgi() if kind == "asgi" else wsgi()) as made:
             made.serve_forever()
     from werkzeug.serving import run_simple
 
