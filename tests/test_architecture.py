@@ -23,7 +23,7 @@ NAMES = {path: str(path.relative_to(SOURCE)) for path in FILES}
 
 # From the inside out (design 2). A module may import from its own layer and those before it.
 LAYERS = [
-    {"exceptions.py", "_fork.py", "_patience.py", "_threads.py", "names.py"},
+    {"exceptions.py", "_fork.py", "_locks.py", "_patience.py", "_threads.py", "names.py"},
     {"format.py", "digest.py", "model.py", "pepper_file.py", "verify.py", "http.py"},
     {
         "stores/__init__.py",
@@ -335,3 +335,49 @@ def test_the_front_door_is_sorted_and_every_name_on_it_exists() -> None:
     assert sorted(papaours_auth.__all__) == papaours_auth.__all__
     front = importlib.import_module("papaours_auth")
     assert all(hasattr(front, name) for name in papaours_auth.__all__)
+
+
+PATCHABLE = {"threading", "queue", "_thread", "time", "select", "selectors", "socket"}
+WAITING = {
+    "Lock",
+    "RLock",
+    "Condition",
+    "Event",
+    "Semaphore",
+    "BoundedSemaphore",
+    "Barrier",
+    "Thread",
+    "SimpleQueue",
+    "Queue",
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES.get)
+def test_pitfall_46_nothing_that_waits_is_made_or_named_while_modules_are_imported(path: Path) -> None:
+    """gevent may patch the interpreter later: what a module has by then is of the old kind for ever."""
+    tree = ast.parse(path.read_text())
+    named = [
+        f"{node.lineno}: from {node.module} import {name.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module in PATCHABLE
+        for name in node.names
+        if name.name in WAITING
+    ]
+    assert not named
+    made = [
+        ast.unparse(call)
+        for statement in tree.body
+        if not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef)
+        for call in _calls_at_import(statement)
+        if isinstance(call.func, ast.Attribute) and call.func.attr in WAITING
+    ]
+    assert not made
+
+
+def _calls_at_import(node: ast.AST) -> Iterator[ast.Call]:
+    """Give the calls of a statement that run with it: not those in functions."""
+    if isinstance(node, ast.Call):
+        yield node
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from _calls_at_import(child)

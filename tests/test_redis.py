@@ -327,10 +327,10 @@ def test_the_short_way_is_left_where_it_leads_nowhere(house: House, monkeypatch:
     wire.discard()
     assert wire.exchange(node, packed) is None
     house.found()
-    taken = [wire._room.get(block=False) for _ in range(house.store.place.connections)]
+    taken = [wire._room.now().get(block=False) for _ in range(house.store.place.connections)]
     assert wire.exchange(node, packed) is None
     for each in taken:
-        wire._room.put(each)
+        wire._room.now().put(each)
     monkeypatch.setattr("papaours_auth.stores.redis_wire._exchanged", _hung_up)
     assert wire._idle[node]
     assert wire.exchange(node, packed) is None
@@ -339,7 +339,7 @@ def test_the_short_way_is_left_where_it_leads_nowhere(house: House, monkeypatch:
     assert house.found()
     wire._idle[node] = Emptied(wire._idle[node])
     assert wire.exchange(node, packed) is None
-    assert wire._room.qsize() == house.store.place.connections
+    assert wire._room.now().qsize() == house.store.place.connections
 
 
 def _hung_up(*_: object) -> bytes | None:

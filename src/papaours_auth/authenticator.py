@@ -18,6 +18,7 @@ from hashlib import blake2b
 from typing import Final, Generic, Literal, NamedTuple, Self, TypedDict, TypeVar, Unpack, cast
 
 from ._fork import hold_across_fork, notice_fork
+from ._locks import WaitingLock
 from ._patience import Bound, Patience
 from .cache import NEVER, Cache, Clock, Entry, Told
 from .digest import PepperRing, peppers_from_environment
@@ -173,7 +174,7 @@ class _Engine(Generic[_F]):
 
     def _reset(self) -> None:
         self._starting = threading.Lock()
-        self._first_reading = threading.Lock()  # held while the store is asked, unlike the other
+        self._first_reading = WaitingLock()  # held while the store is asked, unlike the other
         self._checked = False  # whether the store, as it is set up, was ever held good
         self._bound = _Bound(self._given)
         self._watcher: Watcher | None = None
@@ -377,9 +378,9 @@ class _Engine(Generic[_F]):
                 raise StoreUnavailable(self._breaker.error)
             with self._breaker:
                 self.refresh()
-            with self._starting:
-                if self._watcher is not None:
-                    self._watcher.start()
+            watcher = self._watcher
+            if watcher is not None:  # not under the other lock: a start waits for the thread
+                watcher.start()
 
     def _stop_watching(self) -> None:
         notice_fork()

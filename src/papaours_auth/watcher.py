@@ -11,6 +11,7 @@ import logging
 import threading
 from typing import Final
 
+from ._locks import WaitingLock
 from .cache import Cache, Clock
 from .exceptions import StoreUnavailable
 from .stores import Feed
@@ -35,7 +36,7 @@ class Watcher:
         self._feed = feed
         self._clock = clock
         self._interval = max_staleness / 4
-        self._polling = threading.Lock()  # a reading is applied before the next one is sent
+        self._polling = WaitingLock()  # a reading is applied before the next one is sent
         self._stopping = threading.Event()
         self._failing = False
         self._thread: threading.Thread | None = None

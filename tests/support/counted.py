@@ -46,12 +46,12 @@ class Client(NamedTuple):
 class House:
     """A store with two keys that work and one that is disabled, and the folder the counted app works in."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, url: str = "") -> None:
         self.folder = folder / "counted"
         self.folder.mkdir()
         self.spool = folder / "spool"
         self.usage = self.folder / "usage.db"
-        pepper, url = new_pepper(), f"sqlite:///{folder / 'keys.db'}"
+        pepper, url = new_pepper(), url or f"sqlite:///{folder / 'keys.db'}"
         self.environ = {
             "PAPAOURS_STORE": url,
             "PAPAOURS_PEPPER": pepper,
@@ -70,7 +70,7 @@ class House:
 
     def door(self, name: str, *, spool: bool = True) -> Mapping[str, str]:
         """Give the environment of a server."""
-        wsgi = name.startswith(("gunicorn", "waitress", "granian-wsgi"))
+        wsgi = name.startswith(("gunicorn", "uwsgi", "waitress", "granian-wsgi"))
         return {**self.environ, "DOOR": "wsgi" if wsgi else "asgi", "SPOOL": str(self.spool) if spool else ""}
 
     def drain(self) -> None:

@@ -1,4 +1,4 @@
-"""Servers that have no command of their own: ``python -m plain_servers wsgiref|werkzeug|uwsgi MODULE:APP PORT``."""
+"""Servers that have no command of their own: ``python -m plain_servers SERVER MODULE:APP PORT``."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ def main(server: str, app: str, port: str) -> None:
     module, _, name = app.partition(":")
     if server == "uwsgi":
         options = f"--http-socket=127.0.0.1:{port} --module={app} --enable-threads --need-app --die-on-term"
+        os.execv(UWSGI, ["uwsgi", *options.split()])
+    if server == "uwsgi-workers":
+        options = f"--http-socket=127.0.0.1:{port} --module={app} --master --processes=2"
         os.execv(UWSGI, ["uwsgi", *options.split()])
     application = getattr(import_module(module), name)
     if server == "wsgiref":

@@ -42,6 +42,15 @@ COMMANDS: Mapping[str, Callable[[str, int], list[str]]] = {
     "granian-wsgi-workers": lambda app, port: [
         *("granian", app, "--interface=wsgi", f"--port={port}", "--workers=2", "--respawn-failed-workers")
     ],
+    "gunicorn-gevent": lambda app, port: [
+        *("gunicorn", app, f"--bind=127.0.0.1:{port}", "--workers=2", "--worker-class=gevent")
+    ],
+    "gunicorn-gevent-preload": lambda app, port: [
+        *("gunicorn", app, f"--bind=127.0.0.1:{port}", "--workers=2", "--worker-class=gevent", "--preload")
+    ],
+    # All its options are the defaults: it forks in C, and runs Python's *after* hooks alone.
+    "uwsgi-workers": lambda app, port: ["plain_servers", "uwsgi-workers", app, str(port)],
+    "daphne": lambda app, port: ["daphne", f"--port={port}", app],
     "waitress": lambda app, port: ["waitress", f"--listen=127.0.0.1:{port}", app],
     "granian-wsgi": lambda app, port: ["granian", app, "--interface=wsgi", f"--port={port}"],
     "wsgiref": lambda app, port: ["plain_servers", "wsgiref", app, str(port)],
@@ -95,12 +104,15 @@ def serving(name: str, environ: Mapping[str, str], folder: Path, app: str | None
         wait_until(lambda: _answers(server), START_SECONDS, what=f"{name} to answer: {log}")
         yield server
     finally:
-        stop(process)
+        stop(process, STOPS.get(name, signal.SIGTERM))
 
 
-def stop(process: subprocess.Popen[bytes]) -> int:
+STOPS = {"uwsgi-workers": signal.SIGINT}  # which reloads on SIGTERM
+
+
+def stop(process: subprocess.Popen[bytes], number: signal.Signals = signal.SIGTERM) -> int:
     """Ask a server to stop, make sure that it and its workers did, and give its exit code."""
-    process.terminate()
+    process.send_signal(number)
     try:
         return process.wait(20)
     except subprocess.TimeoutExpired:

@@ -6,13 +6,13 @@ import logging
 import math
 import os
 import select
-import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from socket import socket
 from typing import Final
 
 from .._fork import hold_across_fork, notice_fork
+from .._locks import WaitingLock
 from ..exceptions import StoreUnavailable
 from . import (
     Epoch,
@@ -43,7 +43,7 @@ class RedisFeed:
         hold_across_fork(self)
 
     def _reset(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = WaitingLock()
         self._listener: tuple[Node, Link] | None = None
         self._wakes, self._waker = os.pipe()
         for end in (self._wakes, self._waker):

@@ -11,7 +11,7 @@ import ssl
 import threading
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import suppress
-from queue import Empty, SimpleQueue
+from queue import Empty
 from socket import socket
 from typing import Any, Final, Protocol, TypeAlias, TypeVar, cast
 
@@ -24,6 +24,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
 from .._fork import hold_across_fork, in_own_process, notice_fork
+from .._locks import Room
 from .._patience import Patience
 from ..exceptions import StoreUnavailable
 from .redis_place import Node, Place
@@ -167,9 +168,7 @@ class Wire:
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
-        self._room: SimpleQueue[None] = SimpleQueue()  # a semaphore, without its 0.7 µs
-        for _ in range(self._place.connections):
-            self._room.put(None)
+        self._room = Room(self._place.connections)
         self._idle: dict[Node, list[Link]] = {}
 
     def drive(self, steps: Steps[_T]) -> _T:
@@ -193,7 +192,7 @@ class Wire:
         """
         if not in_own_process():
             notice_fork()
-        room, idle = self._room, self._idle.get(node)
+        room, idle = self._room.now(), self._idle.get(node)
         if not idle:
             return None
         try:
@@ -217,7 +216,7 @@ class Wire:
 
     def _exchange(self, ask: Ask) -> list[Any]:
         notice_fork()
-        room = self._room
+        room = self._room.now()
         try:
             room.get(timeout=self._timeout)
         except Empty:

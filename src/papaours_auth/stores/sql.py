@@ -14,7 +14,6 @@ import logging
 import os
 import secrets
 import selectors
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, SQLAlchemyError
 
 from .._fork import hold_across_fork, notice_fork
+from .._locks import WaitingLock
 from ..digest import PepperStatus
 from ..exceptions import ConfigurationError, Conflict, NotFound, StoreUnavailable
 from ..model import Key, Machine
@@ -575,7 +575,7 @@ class SQLFeed:
         hold_across_fork(self)
 
     def _reset(self) -> None:
-        self._using = threading.Lock()  # the connection: a reading in one thread, a look in another
+        self._using = WaitingLock()  # the connection: a reading in one thread, a look in another
         self._connection: Connection | None = None
         self._listening: Any = None  # the psycopg connection
         self._heard = False

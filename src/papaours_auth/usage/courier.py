@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Generator
 from typing import Final, NamedTuple, Protocol
 
+from .._locks import WaitingLock
 from .event import Call, Outcome
 from .sinks import Batch, Sink
 
@@ -108,7 +109,7 @@ class Courier:
 
     def __init__(self, keeper: Keeper, sink: Sink, interval: float) -> None:
         self._keeper, self._sink, self.interval = keeper, sink, interval
-        self._sending = threading.RLock()  # of all that waits for the sink
+        self._sending = WaitingLock(reentrant=True)  # of all that waits for the sink
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._held = False

@@ -6,7 +6,6 @@ import atexit
 import os
 import secrets
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, Self
 
 from .._fork import hold_across_fork, notice_fork
+from .._locks import WaitingLock
 from ..exceptions import ConfigurationError, Reason
 from ..format import KeyFormat
 from .courier import Courier, Keeper
@@ -119,7 +119,7 @@ class Recorder:
     def _identify(self) -> None:
         """Be a producer of our own."""
         self.producer = secrets.token_hex(8)
-        self._starting = threading.Lock()
+        self._starting = WaitingLock()
 
     def _new_keeper(self) -> Keeper:
         on_first = _starter(weakref.ref(self))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from .._fork import in_own_process, notice_fork
+from .._locks import WaitingLock
 from .courier import Counts, Delivery, Trouble
 from .event import Call, Event, Outcome, Refusals, body_of, cell_of, event_of, started_cell, status_of
 from .sinks import Batch
@@ -58,7 +59,7 @@ class Spooled:
         self.idle = True
         self.trouble = Trouble("the usage spool")
         self._lock = threading.Lock()  # of the place to write; never held across I/O
-        self._tending = threading.Lock()  # of the making of segments
+        self._tending = WaitingLock()  # of the making of segments
         self._short = threading.Event()  # of a spare
         self._spool: Spool | None = None
         self._active: Segment | None = None
