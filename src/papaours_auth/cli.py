@@ -336,7 +336,7 @@ def _show_new(new: NewKey, fields: dict[str, str], options: argparse.Namespace) 
     try:
         _print_new(new, fields, options)
         streams.flush()
-    except streams.Unwritten:
+    except (streams.Unwritten, KeyboardInterrupt):
         lost = f"The text of {new.key.id} could not be written, and cannot be shown again"
         try:
             with _keys(options) as keys:
