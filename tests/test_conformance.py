@@ -53,7 +53,6 @@ from papaours_auth.verify import Claim
 from papaours_auth.wsgi import PapaoursAuthMiddleware as WSGIMiddleware
 from papaours_auth.wsgi import identity_of as wsgi_identity
 from papaours_auth.wsgi import require as wsgi_require
-from papaours_auth.wsgi import respond as wsgi_respond
 
 SEED = "pk_prod_abc123def456ghi789"
 RIGHT = "contrats:lecture"
@@ -411,11 +410,8 @@ def wsgi_app(estate: Estate, row: Row) -> Any:
         path = environ["SCRIPT_NAME"] + environ["PATH_INFO"]
         refusal = raised(path)
         if refusal is not None:
-            return wsgi_respond(refusal, environ, start_response)
-        try:
-            caller = wsgi_require(environ, RIGHT) if asks(path) else wsgi_identity(environ)
-        except Refused as refused:
-            return wsgi_respond(refused, environ, start_response)
+            raise refusal
+        caller = wsgi_require(environ, RIGHT) if asks(path) else wsgi_identity(environ)
         body = json.dumps({"caller": caller.machine.name if caller else None}).encode()
         start_response("200 OK", [("Content-Type", "application/json"), *cache_headers(path).items()])
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]

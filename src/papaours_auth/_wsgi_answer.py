@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from http import HTTPStatus
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
 from ._middleware import recordable, vouched
 from .exceptions import Refused
-from .http import render
+from .http import Answer as HTTPAnswer
+from .http import render, status_of
 from .model import Identity
 from .usage import Call, Outcome, Recorder, begin_call
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     ExcInfo = tuple[type[BaseException], BaseException, TracebackType] | tuple[None, None, None]
 
 IDENTITY: Final = "papaours.identity"
+STOOD_ASIDE: Final = "papaours.stood_aside"
+"""Where in an environ a guard that refuses nobody leaves the id of its authenticator, beside its refusal."""
 REFUSED: Final = "papaours.refused"
 """Where in an environ it is noted that a `Refused` was answered below a guard, for what the guard records."""
 _RECORDERS: Final = "papaours.recorders"
@@ -36,6 +40,7 @@ _FILE_WRAPPER: Final = "wsgi.file_wrapper"
 # Bound once: to name a member of an enum costs 100 ns.
 _COMPLETED, _FAILED, _GONE = Outcome.COMPLETED, Outcome.FAILED, Outcome.GONE
 _monotonic: Final = time.monotonic
+_ERROR: Final = str(HTTPStatus.INTERNAL_SERVER_ERROR.value)
 
 
 class Answer:
@@ -46,6 +51,7 @@ class Answer:
     _sent = False
     _call: Call | None = None
     _recorder: Recorder | None = None
+    _instead: list[bytes] | None = None  # the body of a refusal that took the place of the app's answer
     _file: object = None  # what `wsgi.file_wrapper` made, where it is a function
 
     def __init__(
@@ -73,7 +79,9 @@ class Answer:
             self._began = _monotonic()
         else:
             recorders.append(recorder)
-            self._call = begin_call(self._identity, self._guard.client_of(environ), environ["REQUEST_METHOD"])
+            self._call = begin_call(
+                self._identity, self._guard.client_of(environ), environ.get("REQUEST_METHOD", "")
+            )
 
     def run(self, app: WSGIApplication) -> Iterable[bytes]:
         """Call the app, and return what the server is to send."""
@@ -84,6 +92,9 @@ class Answer:
             if answered is None:
                 raise
             return answered
+        if self._instead is not None:
+            _close(body)
+            return self._instead
         if isinstance(body, (list, tuple)):
             if body and isinstance(body[0], str):
                 self.end(_FAILED)  # no server takes text
@@ -94,16 +105,18 @@ class Answer:
 
     def refuse(self, refused: Refused) -> Iterable[bytes]:
         """Answer a request that the guard itself refuses."""
-        self._environ[REFUSED] = refused.copy()  # the raised one has frames that hold this environ
-        body = respond(refused, self._environ, self.start)
+        answer = answer_to_refused(self._environ, refused)
+        self.start(answer.status_line, list(answer.headers))
         self._complete()
-        return body
+        return self._body_of(answer)
 
     def start(
         self, status: str, headers: list[tuple[str, str]], exc_info: ExcInfo | None = None, /
     ) -> Callable[[bytes], object]:
         """Be the `start_response` of the app."""
-        if self._identity is not None or self._found_late():
+        if status[:3] == _ERROR and self._answered_instead(exc_info):
+            return _swallow
+        if self._identity is not None or self._found_late(status):
             headers = _private(headers)
         if exc_info is None:
             self._write = self._start_response(status, headers)
@@ -140,6 +153,8 @@ class Answer:
 
     def failed(self, error: BaseException) -> None:
         """Note that the app raised. An error of a connection, once the answer has begun, is the client's end."""
+        if not self._said and self._identity is None:
+            self._found_late("")
         self.end(_GONE if self._sent and isinstance(error, OSError) else _FAILED)
 
     def _written(self, data: bytes) -> object:
@@ -153,22 +168,33 @@ class Answer:
         if self._sent or not isinstance(error, Refused):
             self.failed(error)
             return None
-        environ = self._environ
-        environ[REFUSED] = error.copy()
-        answer = render(error, accept_language=environ.get("HTTP_ACCEPT_LANGUAGE", ""))
+        return self._refuse_late(error)
+
+    def _answered_instead(self, exc_info: ExcInfo | None) -> bool:
+        """Answer a `Refused` that the app is about to answer by a 500, as Bottle does with any exception."""
+        error = exc_info[1] if exc_info else sys.exc_info()[1]
+        if self._sent or self._instead is not None or not isinstance(error, Refused):
+            return self._instead is not None
+        self._instead = self._refuse_late(error)
+        return True
+
+    def _refuse_late(self, refused: Refused) -> list[bytes]:
+        answer = answer_to_refused(self._environ, refused)
+        said = (Refused, refused, refused.__traceback__) if self._said and refused.__traceback__ else None
         try:
-            self.start(
-                answer.status_line,
-                list(answer.headers),
-                (Refused, error, error.__traceback__) if self._said and error.__traceback__ else None,
-            )
+            self.start(answer.status_line, list(answer.headers), said)
         except SystemError:  # uWSGI has taken the new status, and raises all the same
             pass
         except BaseException:  # the server has sent something after all
             self.end(_FAILED)
             raise
+        finally:
+            del said  # no cycle of an error and its frame
         self._complete()
-        return [] if environ["REQUEST_METHOD"] == "HEAD" else [answer.body]
+        return self._body_of(answer)
+
+    def _body_of(self, answer: HTTPAnswer) -> list[bytes]:
+        return [] if self._environ.get("REQUEST_METHOD") == "HEAD" else [answer.body]
 
     def _complete(self) -> None:
         """Note that the server has the whole answer."""
@@ -249,13 +275,13 @@ class Answer:
         finally:
             self.end(outcome)
 
-    def _found_late(self) -> bool:
+    def _found_late(self, status: str) -> bool:
         """Record what was found only after the guard had let the request pass, or while it refused it.
 
         Return whether that is a caller.
         """
         environ, recorder = self._environ, self._recorder
-        refused: Refused | None = environ.get(REFUSED)
+        refused = _told(environ, status)
         if refused is None:
             caller = self._identity = vouched(environ[IDENTITY], self._guard.authenticator)
         else:
@@ -265,7 +291,7 @@ class Answer:
             return found
         if caller is not None:
             client, reason = self._guard.client_of(environ), refused.reason.value if refused else ""
-            self._call = begin_call(caller, client, environ["REQUEST_METHOD"], reason)
+            self._call = begin_call(caller, client, environ.get("REQUEST_METHOD", ""), reason)
             self._call.started = self._began
         elif refused is not None:
             recorder.refused(refused.reason, self._guard.client_of(environ))
@@ -281,8 +307,9 @@ class Answer:
         except (TypeError, ValueError):  # none, or what the server will complain of
             call.status = 0
         call.route = recordable(route_of(environ), form)
-        if not call.reason and REFUSED in environ:
-            call.reason = environ[REFUSED].reason.value
+        refused = _told(environ, status)
+        if refused is not None and not call.reason:
+            call.reason = refused.reason.value
         call.request_id = recordable(environ.get("HTTP_X_REQUEST_ID", ""), form)
 
 
@@ -307,8 +334,7 @@ class _Pieces:
                     break
                 yield piece
             yield from self._pieces
-        except GeneratorExit:
-            answer.end(_GONE)
+        except GeneratorExit:  # perhaps of the garbage collector, anywhere: `close` notes the end
             raise
         except BaseException as error:
             answer.failed(error)
@@ -355,11 +381,32 @@ def _close(body: Iterable[bytes]) -> None:
         close()
 
 
+def note(environ: WSGIEnvironment, refused: Refused) -> None:
+    """Tell the guards around an app why it refuses, for what they record."""
+    environ[REFUSED] = refused.copy()  # a raised one has frames that hold this environ
+
+
+def _told(environ: WSGIEnvironment, status: str) -> Refused | None:
+    """Return the refusal that an answer of this status is the answer to: an app may go on after one."""
+    refused: Refused | None = environ.get(REFUSED)
+    return refused if refused is None or status[:3] in ("", str(status_of(refused.reason))) else None
+
+
+def answer_to_refused(environ: WSGIEnvironment, refused: Refused) -> HTTPAnswer:
+    """Return status, headers and body of a refusal, for an error handler of a framework; the guard records why."""
+    note(environ, refused)
+    return render(refused, accept_language=environ.get("HTTP_ACCEPT_LANGUAGE", ""))
+
+
 def respond(refused: Refused, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
     """Answer a refused request."""
-    answer = render(refused, accept_language=environ.get("HTTP_ACCEPT_LANGUAGE", ""))
+    answer = answer_to_refused(environ, refused)
     start_response(answer.status_line, list(answer.headers))
-    return [] if environ["REQUEST_METHOD"] == "HEAD" else [answer.body]
+    return [] if environ.get("REQUEST_METHOD") == "HEAD" else [answer.body]
+
+
+def _swallow(data: bytes) -> None:
+    """Take what an app still writes of an answer that was replaced."""
 
 
 def route_of(environ: WSGIEnvironment) -> str:

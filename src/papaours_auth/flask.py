@@ -12,26 +12,67 @@ Every path is guarded but the exempt ones. With ``everywhere=False`` none is: th
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar, Unpack
+from typing import Any, Final, ParamSpec, TypeVar, Unpack, cast, overload
 
 from flask import Flask, Response, current_app, request
+from werkzeug.exceptions import HTTPException, default_exceptions
 
+from . import wsgi
 from ._middleware import REFUSAL, WSGIOptions, authorized, known, vouched
+from ._wsgi_answer import IDENTITY, REFUSED, STOOD_ASIDE, note
 from .authenticator import Authenticator
-from .exceptions import Refused
-from .http import render
+from .exceptions import ConfigurationError, InvalidInput, Reason, Refused
+from .http import render, status_of, words_of
 from .model import UNSET, Identity, Unset, parse_right
 from .stores import Store
 from .usage import Recorder
-from .wsgi import REFUSED, PapaoursAuthMiddleware, identity_of
+from .wsgi import PapaoursAuthMiddleware, identity_of
 
-__all__ = ["PapaoursAuth", "identity", "require"]
+__all__ = ["HTTPRefused", "PapaoursAuth", "identity", "refuse", "require"]
 
-_EXTENSION = "papaours-auth"
+_EXTENSION: Final = "papaours-auth"
+_NEEDED: Final = ("WWW-Authenticate", "Retry-After", "Cache-Control")
+"""Headers that HTTP, or safety, wants with a refusal, whoever words it."""
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+
+class HTTPRefused(Refused, HTTPException):
+    """What `identity`, `require` and `required` raise: a `Refused` that any Flask app answers by itself.
+
+    It is also the `werkzeug.exceptions` class of its status, so that an app's ``errorhandler(401)`` and
+    ``errorhandler(403)`` get to answer. ``description`` is what the problem document says.
+    """
+
+    def __init__(self, refused: Refused, accept_language: str = "") -> None:
+        super().__init__(
+            refused.reason, known=refused.known, needs=refused.needs, retry_after=refused.retry_after
+        )
+        self.description = words_of(refused, accept_language=accept_language)
+        self.response = None
+        self._answer = render(refused, accept_language=accept_language)
+
+    # Any: an environ and a scope, as Werkzeug has them.
+    def get_body(self, environ: Any = None, scope: Any = None) -> str:
+        """Return the problem document."""
+        return self._answer.body.decode("utf-8")
+
+    def get_headers(self, environ: Any = None, scope: Any = None) -> list[tuple[str, str]]:
+        """Return the headers of the problem document."""
+        return list(self._answer.headers)
+
+    def get_response(self, environ: Any = None, scope: Any = None) -> Response:
+        """Return the whole answer."""
+        return Response(self._answer.body, self._answer.status, list(self._answer.headers))
+
+
+_BY_STATUS: Final = {
+    status: cast(type[HTTPRefused], type("HTTPRefused", (HTTPRefused, default_exceptions[status]), {}))
+    for status in {status_of(reason) for reason in Reason}
+}
 
 
 class PapaoursAuth:
@@ -65,55 +106,159 @@ class PapaoursAuth:
             usage=self._usage,
             **self._options,
         )
-        app.extensions[_EXTENSION] = guard
+        app.extensions.setdefault(_EXTENSION, {})[self] = guard
         app.wsgi_app = guard  # type: ignore[method-assign]  # Flask documents this way of wrapping an app
-        app.register_error_handler(Refused, _refuse)
-        app.after_request(_mark_private)
+        app.register_error_handler(Refused, refuse)
+        app.after_request(_complete)
+
+    @overload
+    def required(self, view: Callable[_P, _R], /) -> Callable[_P, _R]: ...
+
+    @overload
+    def required(
+        self,
+        right: str,
+        /,
+        *rights: str,
+        organisation: str | Callable[[], str] | Unset = UNSET,
+        organisation_from: str | None = None,
+    ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]: ...
 
     def required(
-        self, *rights: str, organisation: str | Unset = UNSET
-    ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-        """Let only callers with all these rights reach a view. Raises `InvalidInput` at once for what is none."""
-        wanted = tuple(parse_right(right) for right in rights)
+        self,
+        *asked: Any,  # a view, or rights
+        organisation: str | Callable[[], str] | Unset = UNSET,
+        organisation_from: str | None = None,
+    ) -> Any:
+        """Let only callers with all these rights reach a view; as ``@auth.required`` alone, any caller with a key.
 
-        def decorate(view: Callable[_P, _R]) -> Callable[_P, _R]:
+        ``organisation`` names whose data the view is about, or is a function that finds it in the request;
+        ``organisation_from`` names the view's argument that holds it. If there is none in the request, the view is
+        not reached. Raises `InvalidInput` at once for a right that is none, and if none is named in parentheses.
+        """
+        named = organisation is not UNSET, organisation_from is not None
+        if len(asked) == 1 and callable(asked[0]) and not any(named):
+            return self._guarded(asked[0], None)
+        if not asked or callable(asked[0]):
+            raise InvalidInput("no right is named: name one, or write @auth.required without parentheses")
+        wanted = tuple(parse_right(right) for right in asked)
+        if organisation in (None, "") or all(named):
+            raise InvalidInput(
+                "organisation is a name or a function, and organisation_from stands in its place"
+            )
+
+        def check(caller: Identity) -> None:
+            if organisation_from is not None:
+                authorized(caller, wanted, (request.view_args or {}).get(organisation_from, ""))
+            else:
+                authorized(caller, wanted, organisation() if callable(organisation) else organisation)
+
+        return lambda view: self._guarded(view, check)
+
+    def _guarded(
+        self, view: Callable[_P, Any], check: Callable[[Identity], object] | None
+    ) -> Callable[_P, Any]:
+        def ask() -> None:
+            with _AsHTTP():
+                caller = self._caller()
+                if check is not None:
+                    check(caller)
+
+        if inspect.iscoroutinefunction(view):
+
             @wraps(view)
-            def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-                caller = identity()
-                if wanted:
-                    authorized(caller, wanted, organisation)
-                return view(*args, **kwargs)
+            async def waits(*args: _P.args, **kwargs: _P.kwargs) -> Any:
+                ask()
+                return await view(*args, **kwargs)
 
-            return guarded
+            return waits
 
-        return decorate
+        @wraps(view)
+        def calls(*args: _P.args, **kwargs: _P.kwargs) -> Any:
+            ask()
+            return view(*args, **kwargs)
+
+        return calls
+
+    def _caller(self) -> Identity:
+        guard = _guards().get(self)
+        if guard is None:
+            raise ConfigurationError("this app is not guarded by this PapaoursAuth: call its init_app(app)")
+        return _caller(guard)
+
+
+class _AsHTTP:
+    """Turn a `Refused` into one that Flask answers by itself, and tell the guards around the app."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, Refused):
+            note(request.environ, error)
+            raise _as_http(error) from None
 
 
 def require(*rights: str, organisation: str | Unset = UNSET) -> Identity:
-    """Return who calls if they have all these rights. See `papaours_auth.wsgi.require`."""
-    return authorized(identity(), rights, organisation)
+    """Return who calls if they have all these rights. See `papaours_auth.wsgi.require`. Raises `HTTPRefused`."""
+    with _AsHTTP():
+        return authorized(identity(), rights, organisation)
 
 
 def identity() -> Identity:
-    """Return who calls in this request. Raises `Refused` where it came without a valid key."""
-    guard: PapaoursAuthMiddleware = current_app.extensions[_EXTENSION]
+    """Return who calls in this request. Raises `HTTPRefused` if it came without a valid key.
+
+    In an app without an extension of ours, that is whom the guard around it found.
+    """
+    with _AsHTTP():
+        guards = _guards()
+        found = identity_of(request.environ)
+        for guard in guards.values():
+            if vouched(found, guard.authenticator) is not None:
+                return known(found, None)
+        if not guards:
+            return wsgi.identity(request.environ)
+        return _caller(next(iter(guards.values())))
+
+
+def refuse(refused: Refused) -> Any:  # Any: whatever a handler of the app's may return
+    """Answer a `Refused`, as an error handler: ``app.register_error_handler(Refused, refuse)``.
+
+    `init_app` registers it. The app's own handler of the status goes first.
+    """
+    if isinstance(refused, HTTPRefused):
+        return refused.get_response()
+    note(request.environ, refused)
+    return current_app.handle_user_exception(_as_http(refused))
+
+
+def _guards() -> dict[PapaoursAuth, PapaoursAuthMiddleware]:
+    guards: dict[PapaoursAuth, PapaoursAuthMiddleware] = current_app.extensions.get(_EXTENSION, {})
+    return guards
+
+
+def _caller(guard: PapaoursAuthMiddleware) -> Identity:
+    """Return whom this guard knows: found by it or by one of its authenticator, else judged now."""
     environ = request.environ
     # An app mounted in another one may have a guard of its own.
     found = vouched(identity_of(environ), guard.authenticator)
-    if found is None and environ.get(REFUSAL) is None:
-        found = guard.identify(environ)
-    environ["papaours.identity"] = found
-    return known(found, environ.get(REFUSAL))
+    if found is None:
+        if environ.get(REFUSAL) is not None and environ[STOOD_ASIDE] == guard.authenticator.id:
+            return known(None, environ[REFUSAL])
+        found = environ[IDENTITY] = guard.identify(environ)
+    return known(found, None)
 
 
-def _mark_private(response: Response) -> Response:
-    """Keep shared caches from it: the middleware does not see whom `required` found on a path it left open."""
-    if identity_of(request.environ) is not None:
-        response.headers.setdefault("Cache-Control", "private")
+def _as_http(refused: Refused) -> HTTPRefused:
+    language = request.headers.get("Accept-Language", "")
+    return _BY_STATUS[status_of(refused.reason)](refused, language)
+
+
+def _complete(response: Response) -> Response:
+    """Add what HTTP wants with a refusal that the app's own handler has worded."""
+    refused: Refused | None = request.environ.get(REFUSED)
+    if refused is not None and response.status_code == status_of(refused.reason):
+        for name, value in render(refused).headers:
+            if name in _NEEDED:
+                response.headers.setdefault(name, value)
     return response
-
-
-def _refuse(refused: Refused) -> Response:
-    request.environ[REFUSED] = refused  # for the middleware, which records why
-    answer = render(refused, accept_language=request.headers.get("Accept-Language", ""))
-    return Response(answer.body, answer.status, list(answer.headers))

@@ -140,6 +140,12 @@ def render(refused: Refused, *, accept_language: str = "") -> Answer:
     )
 
 
+def words_of(refused: Refused, *, accept_language: str = "") -> str:
+    """Return what a refusal says to people, in English or French."""
+    row = _TABLE[refused.reason]
+    return (row.french if language(accept_language) == "fr" else row.english)[1]
+
+
 @lru_cache(maxsize=256)
 def _render(reason: Reason, needs: tuple[str, ...], tongue: Language, retry_after: int) -> Answer:
     row = _TABLE[reason]

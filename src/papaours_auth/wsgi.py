@@ -19,7 +19,7 @@ from ._middleware import (
     split_options,
     store_url,
 )
-from ._wsgi_answer import IDENTITY, REFUSED, Answer, path_of, respond, route_of
+from ._wsgi_answer import IDENTITY, STOOD_ASIDE, Answer, answer_to_refused, path_of, respond, route_of
 from .authenticator import Authenticator
 from .exceptions import ConfigurationError, Reason, Refused, StoreUnavailable
 from .http import Gate, credentials
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 __all__ = [
-    "REFUSED",
     "Guard",
     "PapaoursAuthMiddleware",
+    "answer_to_refused",
     "identity",
     "identity_of",
     "require",
@@ -150,6 +150,8 @@ class Guard:
 class PapaoursAuthMiddleware(Guard):
     """Lets requests with a valid key through to ``app`` and answers the others itself. Options: see `Guard`.
 
+    A `Refused` that is raised below it is answered too, as long as the answer has not begun.
+
     ``usage``: where calls are recorded, a `Recorder` or a URL such as ``sqlite:///usage.db``; nowhere by default.
     """
 
@@ -170,15 +172,19 @@ class PapaoursAuthMiddleware(Guard):
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Guard one request (PEP 3333)."""
         environ[IDENTITY] = environ[REFUSAL] = None  # not those of a guard further out
-        identity = None
+        identity = refused = None
         if self._everything or self.gate.guards(path_of(environ)):
             try:
                 identity = environ[IDENTITY] = self.identify(environ)
-            except Refused as refused:
-                if self.gate.everywhere:
-                    return Answer(self, environ, start_response, None).refuse(refused)
-                environ[REFUSAL] = refused.copy()
-        return Answer(self, environ, start_response, identity).run(self.app)
+            except Refused as error:
+                refused = error.copy()
+                if not self.gate.everywhere:
+                    environ[REFUSAL], environ[STOOD_ASIDE] = refused, self.authenticator.id
+        answer = Answer(self, environ, start_response, identity)
+        del environ  # its headers hold the key
+        if refused is not None and self.gate.everywhere:
+            return answer.refuse(refused)
+        return answer.run(self.app)
 
 
 def identity_of(environ: WSGIEnvironment) -> Identity | None:
