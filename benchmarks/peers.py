@@ -197,7 +197,7 @@ def our_statement(authenticator: Authenticator, key: bytes) -> Loop:
     """Time the statement of a lookup on the store's own connection, and nothing else of ours."""
     store: Any = authenticator._store  # Any: the SQLite store's own parts
     authenticator.authenticate(key)
-    digests = [candidate.digest for candidate in authenticator._read(key).claim.candidates]
+    digests = [candidate.digest for candidate in authenticator._read(key).candidates]
     statement = store._lookups[len(digests)]
     connection = store._readers.take()
     store._readers.give(connection)

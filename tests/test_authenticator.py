@@ -428,14 +428,14 @@ def slow(store: Store) -> Slow:
 @pytest.fixture
 def on_slow(slow: Slow, seed: str, ring: PepperRing, clock: ManualClock) -> AsyncAuthenticator:
     authenticator = AsyncAuthenticator(
-        slow, environment="prod", peppers=ring, clock=clock, watch=False, max_flights=2
+        slow, environment="prod", peppers=ring, clock=clock, watch=False, max_foreign_flights=2
     )
     authenticator.refresh()
     return authenticator
 
 
 def left_behind(authenticator: OURS) -> tuple[int, int]:
-    return len(authenticator._flights), len(authenticator._under_way)
+    return len(authenticator._flights), len(authenticator._under_way) + len(authenticator._foreign_under_way)
 
 
 async def moments(count: int = 5) -> None:
@@ -562,7 +562,7 @@ def test_pitfall_21_a_slow_store_piles_up_no_tasks(slow: Slow, on_slow: AsyncAut
 
 
 def test_pitfall_21_a_slow_store_piles_up_no_threads(opens: Callable[..., Door], spy: Spy, seed: str) -> None:
-    door = opens(max_flights=1, timeout=30.0)
+    door = opens(max_foreign_flights=1, timeout=30.0)
     gate = Gate()
     spy.on_lookup = gate.before
     first = Later(lambda: door.knock(SEED))
@@ -1041,7 +1041,16 @@ def test_threads_that_bind_at_once_do_not_mix_what_each_was_told(
 
 @pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan")])
 @pytest.mark.parametrize(
-    "option", ["max_staleness", "max_known", "max_unknown", "max_flights", "lifetime", "timeout"]
+    "option",
+    [
+        "max_staleness",
+        "max_known",
+        "max_unknown",
+        "max_flights",
+        "max_foreign_flights",
+        "lifetime",
+        "timeout",
+    ],
 )
 def test_an_option_that_bounds_nothing_stops_at_the_start(
     option: str, value: float, store: Store, ring: PepperRing

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -11,19 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from conftest import PEPPER
 from papaours_auth import (
     Authenticator,
     ConfigurationError,
     Identity,
     Keys,
+    PepperRing,
     Reason,
     Refused,
     StoreUnavailable,
-    parse_peppers,
 )
 from papaours_auth.exceptions import UnreadableRecord
-from papaours_auth.outage import FIRST_RETRY, LAST_RETRY, LAST_RETRY_WATCHED, Breaker
+from papaours_auth.outage import FIRST_RETRY, FIRST_RETRY_WATCHED, LAST_RETRY, LAST_RETRY_WATCHED, Breaker
 from papaours_auth.stores import Author, Description, Found, PepperRecord, Reading
 from papaours_auth.verify import Claim
 from support.doors import Door, Gate, Later, Spy, open_door
@@ -94,7 +92,11 @@ def test_beside_a_watcher_calls_try_less_often(clock: ManualClock) -> None:
     for watched, longest in ((bool, LAST_RETRY), (lambda: True, LAST_RETRY_WATCHED)):  # bool() is False
         breaker = Breaker(clock.monotonic, watched=watched)
         for _ in range(20):
+            breaker.check()
             breaker.failed(StoreUnavailable("gone"))
+            clock.advance(longest)
+        breaker.check()
+        breaker.failed(StoreUnavailable("gone"))
         clock.advance(longest * 0.99)
         with pytest.raises(StoreUnavailable, match="gone"):
             breaker.check()
@@ -104,25 +106,21 @@ def test_beside_a_watcher_calls_try_less_often(clock: ManualClock) -> None:
             breaker.check()  # one call at a time
 
 
-class Queue:
-    """A lock that tells who came for it."""
-
-    def __init__(self) -> None:
-        self.came: list[int] = []
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        self.came.append(threading.get_ident())
-        self._lock.acquire()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._lock.release()
+def test_the_many_calls_that_one_outage_ends_count_once(clock: ManualClock) -> None:
+    """Else a store that is gone for a moment is not tried again for seconds."""
+    breaker = Breaker(clock.monotonic, watched=lambda: True)
+    for _ in range(100):
+        breaker.check()
+    for _ in range(100):
+        breaker.failed(StoreUnavailable("gone"))
+    assert breaker.outages == 1
+    clock.advance(FIRST_RETRY_WATCHED)
+    breaker.check()
 
 
-def test_pitfall_21_a_store_that_is_slow_at_the_start_is_not_waited_for_by_one_caller_after_the_other(
-    opens: Callable[..., Door], spy: Spy, seed: str
+def test_pitfall_21_a_store_whose_first_reading_is_slow_holds_up_one_caller_at_most(
+    spy: Spy, ring: PepperRing, seed: str
 ) -> None:
-    opens()
     gate = Gate()
     reads: list[object] = []
 
@@ -132,21 +130,22 @@ def test_pitfall_21_a_store_that_is_slow_at_the_start_is_not_waited_for_by_one_c
         raise StoreUnavailable("timed out")
 
     spy.on_read = slow
-    ring = parse_peppers(PEPPER)
-    authenticator = Authenticator(spy.store, environment="prod", peppers=ring)
-    queue = authenticator._first_reading = Queue()  # type: ignore[assignment]  # as much of a lock as is needed
+    authenticator = Authenticator(spy.store, environment="prod", peppers=ring, timeout=30.0)
 
     def knock(key: str) -> Reason:
         with pytest.raises(Refused) as refusal:
             authenticator.authenticate(key)
         return refusal.value.reason
 
-    callers = [Later(partial(knock, f"{STRANGER}{number}")) for number in range(20)]
+    first = Later(lambda: knock(STRANGER))
     assert gate.reached.acquire(timeout=30)
-    wait_until(lambda: len(queue.came) == 20, 10, what="all to wait for the first reading")
-    gate.open()
-    assert {caller.answer() for caller in callers} == {Reason.STORE_UNAVAILABLE}
+    wait_until(lambda: authenticator._checked, 10, what="the store to be checked")
+    others = [Later(partial(knock, f"{STRANGER}{number}")) for number in range(20)]
+    assert {caller.answer() for caller in others} == {Reason.UNKNOWN_KEY}
     assert len(reads) == 1
+    gate.open()
+    assert first.answer() is Reason.STORE_UNAVAILABLE
+    spy.on_read = up
     authenticator.close()
 
 

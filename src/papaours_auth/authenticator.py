@@ -12,20 +12,22 @@ import secrets
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from datetime import UTC, datetime
 from hashlib import blake2b
+from queue import Empty
 from typing import Final, Generic, Literal, NamedTuple, Self, TypedDict, TypeVar, Unpack, cast
 
 from ._fork import hold_across_fork, notice_fork
-from ._locks import WaitingLock
+from ._locks import Room, WaitingLock
 from ._patience import Bound, Patience
 from .cache import NEVER, Cache, Clock, Entry, Told
 from .digest import PepperRing, peppers_from_environment
-from .exceptions import ConfigurationError, Reason, Refused, StoreUnavailable
+from .exceptions import ConfigurationError, Overloaded, Reason, Refused, StoreUnavailable
 from .format import MAX_LENGTH, KeyFormat
 from .model import Address, Identity
-from .outage import Breaker, Health
+from .outage import Breaker, Health, Unready
 from .stores import AsyncStore, Description, Found, PepperRecord, Store, open_async_store, open_store
 from .verify import Claim, Judged, admit, partition, read, stand
 from .watcher import Watcher
@@ -34,6 +36,8 @@ DEFAULT_MAX_STALENESS: Final = 2.0
 DEFAULT_FORMAT: Final = KeyFormat()
 _LOOKUPS: Final = 8
 """Tries to get an answer that no change has overtaken: three in a row may be, while many keys are disabled."""
+_FOREIGN_AT_ONCE: Final = 4
+"""Foreign keys that are looked up at the same time. Fewer than any store has connections or threads."""
 
 _F = TypeVar("_F")
 
@@ -47,6 +51,7 @@ class Options(TypedDict, total=False):
     max_known: int
     max_unknown: int
     max_flights: int
+    max_foreign_flights: int
     lifetime: float
     timeout: float
     on_outage: Literal["refuse", "serve_cached"]
@@ -67,10 +72,12 @@ class _Bound(NamedTuple):
 
 
 class _Asked(NamedTuple):
-    """A claim, and the peppers it was read under: None where it is not known yet what ours are worth."""
+    """A claim, and the peppers it is looked up under: None where it is not known yet what ours are worth."""
 
     claim: Claim
     ring: PepperRing | None
+    full: Claim
+    """The claim under all our peppers, retired ones too: it is read once, and no text of a key is kept for later."""
 
 
 class _Fetched(NamedTuple):
@@ -123,6 +130,7 @@ class _Engine(Generic[_F]):
         max_known: int = 100_000,
         max_unknown: int = 10_000,
         max_flights: int = 1_000,
+        max_foreign_flights: int = 100,
         lifetime: float = 300.0,
         timeout: float = 1.0,
         on_outage: Literal["refuse", "serve_cached"] = "refuse",
@@ -137,6 +145,7 @@ class _Engine(Generic[_F]):
             ("max_known", max_known),
             ("max_unknown", max_unknown),
             ("max_flights", max_flights),
+            ("max_foreign_flights", max_foreign_flights),
             ("lifetime", lifetime),
             ("timeout", timeout),
             ("max_age", max_age if max_age is not None else max_staleness),
@@ -151,7 +160,10 @@ class _Engine(Generic[_F]):
         self.max_staleness = max_staleness
         self._store = store
         self._given = peppers if peppers is not None else peppers_from_environment()
+        # Without statuses: a claim has the digests under all of them, so that its key need not be read again.
+        self._all_peppers = PepperRing(self._given.peppers)
         self._max_flights = max_flights
+        self._max_foreign_flights = max_foreign_flights
         self._timeout = timeout
         self._max_age = max_age
         self._clock = clock
@@ -174,13 +186,18 @@ class _Engine(Generic[_F]):
 
     def _reset(self) -> None:
         self._starting = threading.Lock()
-        self._first_reading = WaitingLock()  # held while the store is asked, unlike the other
+        self._watching = WaitingLock()  # held while a thread starts
         self._checked = False  # whether the store, as it is set up, was ever held good
         self._bound = _Bound(self._given)
         self._watcher: Watcher | None = None
         self._flights: dict[object, _F] = {}  # those that one may join
-        self._under_way: set[_F] = set()  # these, and those a change has detached
-        self._breaker = Breaker(self._monotonic, watched=self._is_watching)
+        # These, and those a change has detached. Keys that anyone can invent are counted apart.
+        self._under_way: set[_F] = set()
+        self._foreign_under_way: set[_F] = set()
+        self._lane = Room(_FOREIGN_AT_ONCE)
+        self._breaker = Breaker(
+            self._monotonic, watched=self._is_watching, silent=self._hears_nothing, listen=self._listen
+        )
         self._stale_answers = 0
 
     # the hot path
@@ -227,28 +244,42 @@ class _Engine(Generic[_F]):
         digest = hashed.digest()
         return digest, self._cache.recall(digest, self._monotonic())
 
-    def _read(self, presented: bytes) -> _Asked:
-        ring = self._bound.ring
-        claim = read(presented, format=self.format, peppers=ring)
-        if isinstance(claim, Refused):
-            try:
-                bound = self._binds(self._monotonic())
-                # Before it is parsed again: a flood ends here.
-                if bound is not None and not bound.primary_missing:
-                    raise claim
-                text = self.format.read(presented)
-                if text is None:
-                    raise claim
-                # An issuer tag of none of our peppers: forged, unless the store has one that we lack.
-                if bound is None:
-                    return _Asked(Claim(text.environment, partition(presented), ()), None)
-                _check_primary(bound)
+    def _read(self, presented: bytes) -> Claim:
+        """Read a key: nothing after this needs its text. Raises `Refused`.
+
+        The claim has no candidates where the issuer tag is of none of our peppers: it is forged, unless the store has
+        a pepper that we lack.
+        """
+        claim = read(presented, format=self.format, peppers=self._all_peppers)
+        try:
+            if not isinstance(claim, Refused):
+                return claim
+            bound = self._binds(self._monotonic())
+            # Before it is parsed again: a flood ends here.
+            if bound is not None and not bound.primary_missing:
                 raise claim
-            finally:
-                del claim  # as below
+            text = self.format.read(presented)
+            if text is None:
+                raise claim
+            return Claim(text.environment, partition(presented), ())
+        finally:
+            del presented  # this frame is in the traceback of what it raises
+            del claim  # no cycle of an error and its frame
+
+    def _ask_under(self, claim: Claim) -> _Asked:
+        """Return what to ask the store under our peppers as they are now. Raises `Refused` for a forged key."""
+        if not claim.candidates:
+            bound = self._binds(self._monotonic())
+            if bound is None:
+                return _Asked(claim, None, claim)
+            _check_primary(bound)
+            raise Refused(Reason.MALFORMED_KEY)
         if claim.foreign and self.format.foreign is None:
             self._check_foreign(claim)
-        return _Asked(claim, ring)
+        ring = self._bound.ring
+        candidates = ring.still(claim.candidates)
+        asked = claim if len(candidates) == len(claim.candidates) else claim._replace(candidates=candidates)
+        return _Asked(asked, ring, claim)
 
     def _check_foreign(self, claim: Claim) -> None:
         """Refuse a key minted elsewhere while the store, by its last reading, holds none: no lookup is made."""
@@ -297,11 +328,35 @@ class _Engine(Generic[_F]):
     def _usable(self, fetched: _Fetched) -> bool:
         """Tell whether a fetched answer is still fresh, by a clock read after every wait."""
         now = self._monotonic()
-        return now < fetched.sent + self.max_staleness and now < fetched.entry.deadline
+        return now < fetched.sent + self.max_staleness and now < self._cache.ends(fetched.entry)
+
+    def _is_due(self, name: object, entry: Entry) -> bool:
+        """Whether the caller should fetch an entry that is believed: it is late in its life, and nobody else does."""
+        return self._monotonic() >= entry.deadline and name not in self._flights
 
     def _heard(self) -> None:
         """Take in that the store was read."""
         self._breaker.succeeded()
+
+    def _hears_nothing(self) -> bool:
+        """Whether the watcher hears nothing from the store either. Where there is none, nobody says otherwise."""
+        watcher = self._watcher
+        return watcher is None or not watcher.alive or watcher.hears_nothing()
+
+    def _listen(self) -> None:
+        watcher = self._watcher
+        if watcher is not None:
+            watcher.wake()
+
+    def _look_over(self) -> None:
+        """Check the store, in the watcher's thread: it may be in order again, and nobody calls."""
+        if self._checked:
+            return
+        try:
+            sent = self._monotonic()
+            self._take(self._store.describe(), sent)
+        except (StoreUnavailable, ConfigurationError) as error:
+            self._breaker.note(error)
 
     def _binds(self, now: float) -> _Bound | None:
         """Give our peppers with their statuses of some moment within `max_staleness`; None where those are not known.
@@ -361,26 +416,36 @@ class _Engine(Generic[_F]):
         """
         notice_fork()
         with self._starting:
-            watcher = self._watcher
-            if watcher is None:
-                watcher = self._watcher = Watcher(
-                    self._cache, self._store.feed(), self._clock, max_staleness=self.max_staleness
-                )
+            watcher = self._made_watcher()
         watcher.poll()
 
-    def _start_watching(self) -> None:
-        """Start the watcher's thread, after one reading in this thread so that fills are kept at once."""
-        failures = self._breaker.failures
-        with self._first_reading:
-            if not self._watch or self._is_watching():
-                return
-            if self._breaker.failures != failures:  # of whom we waited for: a slow store is waited for once
-                raise StoreUnavailable(self._breaker.error)
-            with self._breaker:
-                self.refresh()
-            watcher = self._watcher
-            if watcher is not None:  # not under the other lock: a start waits for the thread
-                watcher.start()
+    def watch(self) -> None:
+        """Start the watcher's thread, whatever the store says, unless it runs. Asks nobody in this thread.
+
+        Do not call it before the server forks: a child has no watcher, and starts its own at its first uncached call
+        or look at its readiness.
+        """
+        if not self._watch or self._closed or self._is_watching():
+            return
+        with self._watching:
+            with self._starting:
+                watcher = self._made_watcher()
+            watcher.start()
+
+    def _made_watcher(self) -> Watcher:
+        watcher = self._watcher
+        if watcher is None:
+            watcher = self._watcher = Watcher(
+                self._cache, self._store.feed(), self._clock, max_staleness=self.max_staleness
+            )
+            watcher.on_success.append(self._look_over)
+            watcher.on_failure.append(self._breaker.unheard)
+        return watcher
+
+    def _first_reading(self) -> Future[None] | None:
+        """Return what ends with the watcher's first reading, after which fills are kept; None where it is over."""
+        watcher = self._watcher
+        return None if not self._watch or watcher is None or watcher.first.done() else watcher.first
 
     def _stop_watching(self) -> None:
         notice_fork()
@@ -396,7 +461,11 @@ class _Engine(Generic[_F]):
     def _without_store(
         self, digest: bytes, client: str | Address | None, needs: str | Sequence[str] | None, error: Exception
     ) -> Identity:
-        """Answer while the store cannot be asked: by what it last said where that is wanted, else by a refusal."""
+        """Answer by an entry that is still good, by a stale one where that is wanted, or refuse."""
+        if isinstance(error, StoreUnavailable):
+            entry = self._cache.recall(digest, self._monotonic())
+            if entry is not None:
+                return _let_in(entry, client, needs)
         if self._max_age is not None and isinstance(error, StoreUnavailable):
             entry = self._cache.recall_stale(digest, self._monotonic(), self._max_age)
             if entry is not None:
@@ -409,8 +478,9 @@ class _Engine(Generic[_F]):
         """Tell how it is. Asks nobody: cheap enough for any health check."""
         notice_fork()
         breaker, now = self._breaker, self._monotonic()
+        reasons = self._unready(now)
         return Health(
-            ok=self._checked and not breaker.is_open and not self._is_contradicted(now),
+            ok=reasons in ((), ("no_recent_reading",)),
             watching=self._is_watching(),
             trusted_for=max(0.0, self._cache.trusted_until - now),
             known=len(self._cache.entries),
@@ -418,26 +488,49 @@ class _Engine(Generic[_F]):
             outages=breaker.outages,
             stale_answers=self._stale_answers,
             error=breaker.error,
+            ready=not reasons or self._serves_stale(now),
+            reasons=reasons,
         )
+
+    def _unready(self, now: float) -> tuple[Unready, ...]:
+        found: dict[Unready, bool] = {
+            "not_checked": not self._checked,
+            "store_unavailable": self._breaker.is_open,
+            "peppers_contradict": self._is_contradicted(now),
+            "no_recent_reading": now >= self._cache.trusted_until,
+        }
+        return tuple(reason for reason, so in found.items() if so)
+
+    def _serves_stale(self, now: float) -> bool:
+        """Whether known keys are let in although the store cannot be asked."""
+        if self._max_age is None or not self._cache.entries or self._is_contradicted(now):
+            return False
+        return now < self._cache.trusted_until - self.max_staleness + self._max_age
 
     def _too_slow(self) -> StoreUnavailable:
         error = StoreUnavailable("the store takes longer than the timeout")
-        self._breaker.failed(error)
+        error.own_timer = True
+        self._breaker.doubt(error)
         return error
 
-    def _check_room(self) -> None:
+    def _check_room(self, claim: Claim) -> None:
+        """Raise `StoreUnavailable` where no lookup may begin now."""
+        under_way, most = (
+            (self._foreign_under_way, self._max_foreign_flights)
+            if claim.foreign
+            else (self._under_way, self._max_flights)
+        )
+        if len(under_way) >= most:
+            raise _overloaded()
         self._breaker.check()
-        if len(self._under_way) >= self._max_flights:
-            raise StoreUnavailable(
-                "too many lookups are under way: the store is slower than the calls come in"
-            )
 
-    def _take_off(self, name: object, flight: _F) -> None:
-        self._under_way.add(flight)
+    def _take_off(self, name: object, flight: _F, claim: Claim) -> None:
+        (self._foreign_under_way if claim.foreign else self._under_way).add(flight)
         self._flights[name] = flight
 
     def _land(self, name: object, flight: _F) -> None:
         self._under_way.discard(flight)
+        self._foreign_under_way.discard(flight)
         if self._flights.get(name) is flight:
             self._flights.pop(name, None)  # no del: a change may detach it in between
 
@@ -464,6 +557,10 @@ def _let_in(entry: Judged, client: str | Address | None, needs: str | Sequence[s
             # An error whose frame holds it is a cycle: it would keep the whole request until the collector comes by.
             del answer
     return answer
+
+
+def _overloaded() -> Overloaded:
+    return Overloaded("too many lookups are under way: the store is slower than the calls come in")
 
 
 def _check_primary(bound: _Bound) -> None:
@@ -495,12 +592,15 @@ class Authenticator(_Engine[_Flight]):
     - ``format``: a `KeyFormat`.
     - ``max_staleness`` (seconds): the promise. No key is accepted later than that after it was disabled.
     - ``max_known``, ``max_unknown`` (entries): bounds of the cache.
-    - ``lifetime`` (seconds): how long an entry may be kept without asking again, whatever the epoch says.
+    - ``lifetime`` (seconds): how long an entry may be kept without asking again, whatever the epoch says. In its last
+      tenth one caller fetches it anew, while the others, and he too where the store fails, are answered from it.
     - ``timeout`` (seconds): how long a call waits for a lookup that another call has begun.
     - ``on_outage``: ``"refuse"`` answers 503 while the store cannot be asked; ``"serve_cached"`` goes on letting in
       keys it knows, by what the store said at most ``max_age`` seconds ago, which then takes the place of
       ``max_staleness`` in the promise. Such identities say ``stale``.
-    - ``max_flights``: how many lookups may be under way; more calls than that are refused as an outage.
+    - ``max_flights``: how many lookups of keys with a valid issuer tag may be under way. Calls beyond that meet 503.
+    - ``max_foreign_flights``: the same for all other keys, which anybody can invent, so that these never use the
+      former's room. At most four of them ask the store at a time.
     - ``clock``: where time comes from. ``watch=False``: no thread; the app calls `refresh`, more often than every
       ``max_staleness`` seconds, or nothing is remembered.
 
@@ -521,8 +621,16 @@ class Authenticator(_Engine[_Flight]):
         """
         if self._closed and self._url is not None:
             self._store, self._closed = open_store(self._url), False
+        self.watch()
         self.check()
-        self._start_watching()
+        first = self._first_reading()
+        if first is not None:
+            try:
+                error = first.exception(self._timeout)
+            except TimeoutError:
+                raise self._too_slow() from None
+            if error is not None:
+                raise StoreUnavailable(str(error)) from error
         self.check()  # the first reading may have brought a change of peppers
 
     def check(self) -> None:
@@ -549,37 +657,43 @@ class Authenticator(_Engine[_Flight]):
         """
         if isinstance(presented, str):
             presented = presented.encode("utf-8", "surrogatepass")
-        identity = self.cached(presented, client, needs)
-        if identity is not None:
-            return identity
-        digest, entry = self._recall(presented)
-        if entry is not None:
-            return _let_in(entry, client, needs)
         try:
-            asked = self._read(presented)
+            identity = self.cached(presented, client, needs)
+            if identity is not None:
+                return identity
+            digest, entry = self._recall(presented)
+            if entry is not None and not self._is_due(digest, entry):
+                return _let_in(entry, client, needs)
+            claim = self._read(presented)
+        finally:
+            del presented  # no frame holds a key while the store is asked, nor in the traceback of a refusal
+        try:
+            asked = self._ask_under(claim)
             for _ in range(2):  # an answer that grew old while we waited for it is fetched once more
-                fetched = self._fly(digest, asked, presented)
+                fetched = self._fly(digest, asked)
                 if self._usable(fetched):
                     return _let_in(fetched.entry, client, needs)
             raise StoreUnavailable("the store answers more slowly than max_staleness allows")
         except (StoreUnavailable, ConfigurationError) as error:
             return self._without_store(digest, client, needs, error)
 
-    def _fly(self, digest: bytes, asked: _Asked, presented: bytes) -> _Fetched:
+    def _fly(self, digest: bytes, asked: _Asked) -> _Fetched:
         """Fetch, or wait for who is fetching the same key."""
         mine = _Flight()
         with self._starting:
             flight = self._flights.get(digest)
             if flight is None:
-                self._check_room()
-                self._take_off(digest, mine)
+                self._check_room(asked.claim)
+                self._take_off(digest, mine, asked.claim)
         if flight is not None:
             try:
                 return flight.result(self._timeout)
             except TimeoutError:
                 raise self._too_slow() from None
         try:
-            fetched = self._fetch(digest, asked, presented)
+            fetched = (
+                self._fetch_in_line(digest, asked) if asked.claim.foreign else self._fetch(digest, asked)
+            )
         except BaseException as error:
             # Those who wait are not to be ended by this thread's KeyboardInterrupt.
             mine.crash(
@@ -594,7 +708,19 @@ class Authenticator(_Engine[_Flight]):
                 self._land(digest, mine)
             del mine  # which holds the error, see `_let_in`
 
-    def _fetch(self, digest: bytes, asked: _Asked, presented: bytes) -> _Fetched:
+    def _fetch_in_line(self, digest: bytes, asked: _Asked) -> _Fetched:
+        """Fetch among the few at a time that are of keys anybody can invent."""
+        lane = self._lane.now()
+        try:
+            lane.get(timeout=self._timeout)
+        except Empty:
+            raise _overloaded() from None
+        try:
+            return self._fetch(digest, asked)
+        finally:
+            lane.put(None)
+
+    def _fetch(self, digest: bytes, asked: _Asked) -> _Fetched:
         for _ in range(_LOOKUPS):
             sent = self._monotonic()
             if not self._ready(sent):
@@ -602,7 +728,7 @@ class Authenticator(_Engine[_Flight]):
                     self.start()
                 sent = self._monotonic()
             if asked.ring is not self._bound.ring:  # our peppers may be of another status now
-                asked = self._read(presented)
+                asked = self._ask_under(asked.full)
             with self._breaker:
                 found = self._store.lookup(asked.claim)
             fetched = self._settle(digest, asked, found, sent)
@@ -624,6 +750,13 @@ class Authenticator(_Engine[_Flight]):
         self.close()
 
 
+class _Loop(NamedTuple):
+    """What belongs to one event loop."""
+
+    patience: Patience
+    lane: asyncio.Semaphore
+
+
 class AsyncAuthenticator(_Engine["asyncio.Future[_Fetched | None]"]):
     """Validates keys for event loops. See `Authenticator`; ``store`` may be an opened `AsyncStore`.
 
@@ -633,7 +766,7 @@ class AsyncAuthenticator(_Engine["asyncio.Future[_Fetched | None]"]):
     def __init__(self, store: str | AsyncStore, *, environment: str, **options: Unpack[Options]) -> None:
         self._url = store if isinstance(store, str) else None
         self._async_store: AsyncStore = open_async_store(store) if isinstance(store, str) else store
-        self._patience: dict[asyncio.AbstractEventLoop, Patience] = {}
+        self._loops: dict[asyncio.AbstractEventLoop, _Loop] = {}
         super().__init__(self._async_store.sync, environment=environment, **options)
 
     async def start(self) -> None:
@@ -641,9 +774,14 @@ class AsyncAuthenticator(_Engine["asyncio.Future[_Fetched | None]"]):
         if self._closed and self._url is not None:
             self._async_store, self._closed = open_async_store(self._url), False
             self._store = self._async_store.sync
+        self.watch()
         await self._check()
-        if not self._ready(self._monotonic()):
-            await asyncio.to_thread(self._start_watching)  # its first reading blocks
+        first = self._first_reading()
+        if first is not None:
+            try:
+                await asyncio.shield(asyncio.wrap_future(first))  # who leaves must not end it for others
+            except StoreUnavailable as error:
+                raise StoreUnavailable(str(error)) from error
         await self._check()
 
     async def _check(self) -> None:
@@ -661,60 +799,67 @@ class AsyncAuthenticator(_Engine["asyncio.Future[_Fetched | None]"]):
         """See `Authenticator.authenticate`."""
         if isinstance(presented, str):
             presented = presented.encode("utf-8", "surrogatepass")
-        identity = self.cached(presented, client, needs)
-        if identity is not None:
-            return identity
-        digest, entry = self._recall(presented)
-        if entry is not None:
-            return _let_in(entry, client, needs)
         try:
-            asked = self._read(presented)
+            identity = self.cached(presented, client, needs)
+            if identity is not None:
+                return identity
+            digest, entry = self._recall(presented)
+            if entry is not None and not self._is_due((asyncio.get_running_loop(), digest), entry):
+                return _let_in(entry, client, needs)
+            claim = self._read(presented)
+        finally:
+            del presented  # no frame holds a key while the store is asked, nor in the traceback of a refusal
+        try:
+            asked = self._ask_under(claim)
             for _ in range(2):  # an answer that grew old while we waited for it is fetched once more
-                fetched = await self._fly(digest, asked, presented)
+                fetched = await self._fly(digest, asked)
                 if self._usable(fetched):
                     return _let_in(fetched.entry, client, needs)
             raise StoreUnavailable("the store answers more slowly than max_staleness allows")
         except (StoreUnavailable, ConfigurationError) as error:
             return self._without_store(digest, client, needs, error)
 
-    async def _fly(self, digest: bytes, asked: _Asked, presented: bytes) -> _Fetched:
+    async def _fly(self, digest: bytes, asked: _Asked) -> _Fetched:
         """Fetch, or wait for who is fetching the same key."""
         loop = asyncio.get_running_loop()
         name = loop, digest
-        patience = self._patience.get(loop) or self._make_patience(loop)
+        mine = self._loops.get(loop) or self._meet(loop)
         try:
             # Not wait_for: before Python 3.12 it loses a cancellation that meets the answer.
-            with patience.bound() as bound:
+            with mine.patience.bound() as bound:
                 while True:
                     flight = self._flights.get(name)
                     if flight is None:
-                        return await self._lead(name, asked, presented, bound)
+                        return await self._lead(name, asked, mine.lane, bound)
                     fetched = await asyncio.shield(flight)
                     if fetched is not None:  # else its caller was cancelled
                         return fetched
         except TimeoutError:
             raise self._too_slow() from None
 
-    def _make_patience(self, loop: asyncio.AbstractEventLoop) -> Patience:
-        for other in [other for other in self._patience if other.is_closed()]:
-            self._patience.pop(other, None)
-        made = self._patience[loop] = Patience(self._timeout)
+    def _meet(self, loop: asyncio.AbstractEventLoop) -> _Loop:
+        for other in [other for other in self._loops if other.is_closed()]:
+            self._loops.pop(other, None)
+        made = self._loops[loop] = _Loop(Patience(self._timeout), asyncio.Semaphore(_FOREIGN_AT_ONCE))
         return made
 
     async def _lead(
         self,
         name: tuple[asyncio.AbstractEventLoop, bytes],
         asked: _Asked,
-        presented: bytes,
+        lane: asyncio.Semaphore,
         bound: Bound,
     ) -> _Fetched:
         """Fetch in the caller's own task: another one would cost 12 µs (of 60)."""
-        self._check_room()
+        self._check_room(asked.claim)
         flight: asyncio.Future[_Fetched | None] = name[0].create_future()
-        self._take_off(name, flight)
+        self._take_off(name, flight, asked.claim)
         fetched = None
         try:
-            fetched = await self._fetch(name[1], asked, presented)
+            if asked.claim.foreign:
+                fetched = await self._fetch_in_line(name[1], asked, lane, bound)
+            else:
+                fetched = await self._fetch(name[1], asked)
         except BaseException as error:
             if isinstance(error, Exception) or bound.expired:  # the store is as slow for those who wait
                 flight.set_exception(error if isinstance(error, Exception) else TimeoutError())
@@ -727,7 +872,22 @@ class AsyncAuthenticator(_Engine["asyncio.Future[_Fetched | None]"]):
             del flight  # which holds the error, see `_let_in`
         return fetched
 
-    async def _fetch(self, digest: bytes, asked: _Asked, presented: bytes) -> _Fetched:
+    async def _fetch_in_line(
+        self, digest: bytes, asked: _Asked, lane: asyncio.Semaphore, bound: Bound
+    ) -> _Fetched:
+        """See `Authenticator._fetch_in_line`."""
+        try:
+            await lane.acquire()
+        except asyncio.CancelledError:
+            if bound.is_why():
+                raise _overloaded() from None
+            raise
+        try:
+            return await self._fetch(digest, asked)
+        finally:
+            lane.release()
+
+    async def _fetch(self, digest: bytes, asked: _Asked) -> _Fetched:
         for _ in range(_LOOKUPS):
             sent = self._monotonic()
             if not self._ready(sent):
@@ -735,7 +895,7 @@ class AsyncAuthenticator(_Engine["asyncio.Future[_Fetched | None]"]):
                     await self.start()
                 sent = self._monotonic()
             if asked.ring is not self._bound.ring:  # our peppers may be of another status now
-                asked = self._read(presented)
+                asked = self._ask_under(asked.full)
             with self._breaker:
                 found = await self._async_store.lookup(asked.claim)
             fetched = self._settle(digest, asked, found, sent)

@@ -150,6 +150,7 @@ class PepperRing:
     peppers: tuple[Pepper, ...]
     statuses: Mapping[str, PepperStatus] = field(default_factory=dict)
     _digesting: tuple[Pepper, ...] = field(init=False, repr=False, compare=False)
+    _digesting_ids: frozenset[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.peppers:
@@ -159,6 +160,7 @@ class PepperRing:
             raise ConfigurationError("two peppers have the same id: give each its own")
         digesting = tuple(pepper for pepper in self.peppers if self.status(pepper) != "retired")
         object.__setattr__(self, "_digesting", digesting)
+        object.__setattr__(self, "_digesting_ids", frozenset(pepper.id for pepper in digesting))
 
     def with_statuses(self, statuses: Mapping[str, PepperStatus]) -> PepperRing:
         """Give the same peppers with the statuses a store has recorded."""
@@ -206,6 +208,10 @@ class PepperRing:
     def candidates(self, presented: bytes) -> tuple[Candidate, ...]:
         """All digests a key may be stored under, one for each pepper that is not retired."""
         return tuple([Candidate(pepper.id, pepper.digest(presented)) for pepper in self._digesting])
+
+    def still(self, candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+        """Return those of the candidates whose pepper is not retired, so that a key need not be read again."""
+        return tuple([candidate for candidate in candidates if candidate.pepper_id in self._digesting_ids])
 
     def issued(self, tagged: bytes, tag: int) -> bool:
         """Tell whether one of these peppers made the tag. All are tried: time does not tell which."""

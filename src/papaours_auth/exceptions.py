@@ -4,6 +4,7 @@ PapaoursAuthError
 ├── ConfigurationError     the app is set up wrongly: raised at start, says what, why, what to do
 ├── Refused                a request is not let in; ``reason`` says why
 ├── StoreUnavailable       the store cannot answer now: never "unknown key"
+│   ├── Overloaded             it was not asked: this process has too many lookups under way
 │   └── UnreadableRecord       it answers, but a record makes no sense
 └── AdministrationError    a change was not made
     ├── InvalidInput           the words of the call are off
@@ -47,7 +48,20 @@ class ConfigurationError(PapaoursAuthError):
 
 
 class StoreUnavailable(PapaoursAuthError):
-    """The store cannot answer now. A request meets 503, never 401."""
+    """The store cannot answer now. A request meets 503, never 401.
+
+    ``own_timer`` is True where a timer of this process ended the call. A stalled event loop may be the reason then,
+    and the store may be well.
+    """
+
+    own_timer = False
+
+
+class Overloaded(StoreUnavailable):
+    """The store was not asked: a queue of this process is full. Stores raise it too, when all connections are in use.
+
+    It is no outage: calls of other keys go on asking the store.
+    """
 
 
 class Refused(PapaoursAuthError):

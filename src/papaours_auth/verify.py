@@ -25,8 +25,8 @@ PARTITIONS: Final = 16
 class Claim(NamedTuple):
     """A well-formed key: what it may be stored under, and nothing that would give its text away.
 
-    ``foreign``: its text was minted elsewhere (`KeyText.foreign`). A store that adds such a key stops telling of
-    its partition that it holds none (`News.minted_only`).
+    ``foreign``: its text was minted elsewhere (`KeyText.foreign`), so that anybody can have invented it. A store that
+    adds such a key stops telling of its partition that it holds none (`News.minted_only`).
     """
 
     environment: str

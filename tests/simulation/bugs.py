@@ -108,7 +108,7 @@ class NoFlightBound(Bug):
     invariant = "e"
 
     def install(self, app: App) -> None:
-        app.authenticator._check_room = lambda: None  # type: ignore[method-assign]  # the bug
+        app.authenticator._check_room = lambda claim: None  # type: ignore[method-assign]  # the bug
 
 
 class TrustWithoutHeartbeat(Bug):

@@ -105,7 +105,6 @@ class App:
         self.store.break_feed = scene.bug.feed
         self.store.on_lookup = self._looks_up
         self.authenticator = AsyncAuthenticator(self.store, environment="prod", **self._options())
-        self._simulate_lock()
         self.cache = self.authenticator._cache
         self.changes = 0
         self.looking: set[object] = set()
@@ -118,9 +117,6 @@ class App:
         self.authenticator._land = self._lands  # type: ignore[method-assign]  # likewise
         scene.bug.install(self)
 
-    def _simulate_lock(self) -> None:
-        self.authenticator._first_reading = Lock(self.process)  # type: ignore[assignment]  # as far as it is used
-
     def fork(self, *, child: bool) -> None:
         """Fork, and go on as the child: all that ran is gone, all that was remembered is there. Or as the parent."""
         self.authenticator.before_fork()
@@ -131,10 +127,7 @@ class App:
             self.clock.process = self.store.process = self.process
             self.network.move_to(self.process)
             self.looking, self.flying = set(), set()
-        before = self.authenticator._first_reading
         self.authenticator.after_fork(child=child)
-        if self.authenticator._first_reading is not before:
-            self._simulate_lock()
 
     def _options(self) -> Options:
         scene = self.scene
@@ -144,6 +137,7 @@ class App:
             "max_known": scene.limits.known,
             "max_unknown": scene.limits.unknown,
             "max_flights": scene.limits.flights,
+            "max_foreign_flights": scene.limits.flights,
             "lifetime": scene.lifetime,
             "timeout": 2.0,
             "clock": self.clock,
@@ -155,13 +149,13 @@ class App:
     def _count_change(self) -> None:
         self.changes += 1
 
-    def _takes_off(self, name: object, flight: asyncio.Future[Any]) -> None:
+    def _takes_off(self, name: object, flight: asyncio.Future[Any], claim: Claim) -> None:
         before, changes = self.latest.get(name, (flight, -1))
         if changes == self.changes and not before.done():
             raise Violation("e", f"{self.process.name} has two flights for one key")
         self.latest[name] = flight, self.changes
         self.flying.add(flight)
-        self._take_off(name, flight)
+        self._take_off(name, flight, claim)
 
     def _lands(self, name: object, flight: asyncio.Future[Any]) -> None:
         self.flying.discard(flight)
@@ -170,7 +164,7 @@ class App:
     def _looks_up(self, claim: Claim) -> Callable[[], None]:
         looking, lookup = self.looking, object()
         looking.add(lookup)
-        if len(looking) > self.scene.limits.flights:
+        if len(looking) > 2 * self.scene.limits.flights:  # of minted keys, and of foreign ones
             raise Violation("e", f"{self.process.name} has more lookups under way than max_flights")
         return lambda: looking.discard(lookup)
 
@@ -182,7 +176,8 @@ class App:
             raise Violation("e", f"{self.process.name} keeps more entries than it may")
         if len(cache._by_key) > known or len(cache._by_machine) > known:
             raise Violation("e", f"{self.process.name} indexes what it no longer keeps")
-        if len(self.authenticator._under_way) > limits.flights:
+        under_way = self.authenticator._under_way, self.authenticator._foreign_under_way
+        if max(map(len, under_way)) > limits.flights:
             raise Violation("e", f"{self.process.name} has more flights under way than max_flights")
 
     def ask(self, asked: Asked) -> None:

@@ -301,8 +301,27 @@ class SimulatedFeed:
         self.wake()
 
 
+class Twin:
+    """The blocking twin, as far as a watcher's thread asks it."""
+
+    def __init__(self, remote: RemoteStore) -> None:
+        self._remote = remote
+
+    def feed(self) -> Feed:
+        return self._remote.feed()
+
+    def describe(self) -> Description:
+        remote = self._remote
+        steps = [lambda _: remote.server.store.describe()]
+        answer = remote.process.block(lambda done: remote.network.call("describe", steps, done))
+        if isinstance(answer, StoreUnavailable):
+            raise answer
+        assert isinstance(answer, Description)
+        return answer
+
+
 class RemoteStore:
-    """The server as one process sees it: an `AsyncStore`, and the feed half of its blocking twin."""
+    """The server as one process sees it: an `AsyncStore`."""
 
     def __init__(self, process: Process, server: Server, network: Network) -> None:
         self.process = process
@@ -313,7 +332,7 @@ class RemoteStore:
 
     @property
     def sync(self) -> Store:
-        return self  # type: ignore[return-value]  # only its feed is asked for
+        return Twin(self)  # type: ignore[return-value]  # administration goes to the server's own
 
     def feed(self) -> Feed:
         return self.break_feed(SimulatedFeed(self))

@@ -109,6 +109,11 @@ class Loop(asyncio.AbstractEventLoop):
         self._plan()
         return handle
 
+    def call_soon_threadsafe(  # type: ignore[override]  # generic over the arguments there
+        self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.Handle:
+        return self.call_soon(callback, *args, context=context)
+
     def call_later(  # type: ignore[override]  # generic over the arguments there
         self,
         delay: float,

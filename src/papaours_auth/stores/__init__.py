@@ -143,7 +143,11 @@ class Feed(Protocol):
 
 
 class Lookup(Protocol):
-    """What a verifier needs of a store. All raise `StoreUnavailable` when it cannot answer."""
+    """What a verifier needs of a store. All raise `StoreUnavailable` when it cannot answer.
+
+    Where it was not asked, because a queue on this side is full, they raise `Overloaded`: that is no outage. An async
+    store whose own timer ended a call sets ``own_timer`` on the error, since the event loop may have been stalled.
+    """
 
     def lookup(self, claim: Claim) -> Found:
         """Find the record stored under one of the claim's digests, from one snapshot."""

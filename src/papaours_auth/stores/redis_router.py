@@ -174,22 +174,27 @@ class Router:
         command: Command = ("CLUSTER", "SLOTS")
         if self._place.kind == "sentinel":
             command = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._place.service)
+        own_timers = True
         for node in sorted(self._informants, key=lambda node: node == avoid):
             try:
                 (reply,) = yield Ask(node, (command,))
-            except Unreachable:
+            except Unreachable as error:
+                own_timers &= error.own_timer
                 continue
+            own_timers = False
             nodes = self._read_nodes(node, reply)
             if nodes:
                 others = self._place.nodes if self.sentinel else (*nodes.values(), *self._place.nodes)
                 self._informants = [*dict.fromkeys([node, *others])]
                 self._nodes = nodes
                 return nodes
-        raise StoreUnavailable(
+        unavailable = StoreUnavailable(
             "no Sentinel can be reached that knows the service's primary"
             if self._place.kind == "sentinel"
             else "no node of the Redis Cluster can be reached"
         )
+        unavailable.own_timer = own_timers
+        raise unavailable
 
     def _read_nodes(self, asked: Node, reply: Any) -> dict[int, Node]:  # Any: see Steps
         if not isinstance(reply, list):

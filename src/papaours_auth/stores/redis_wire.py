@@ -25,8 +25,8 @@ from redis.retry import Retry
 
 from .._fork import hold_across_fork, in_own_process, notice_fork
 from .._locks import Room
-from .._patience import Patience
-from ..exceptions import StoreUnavailable
+from .._patience import Bound, Patience
+from ..exceptions import Overloaded, StoreUnavailable
 from .redis_place import Node, Place
 from .redis_router import Ask, Command, Router, Steps, Unreachable
 
@@ -34,8 +34,8 @@ _T = TypeVar("_T")
 _CHUNK: Final = 65536
 
 
-def unreachable(node: Node, error: Exception, *, sent: bool) -> Unreachable:
-    """Say of an error of redis-py's what it means."""
+def unreachable(node: Node, error: Exception, *, sent: bool, own_timer: bool = False) -> Unreachable:
+    """Say of an error of redis-py's what it means. ``own_timer``: one on the event loop, not the socket's."""
     who = f"Redis{' Sentinel' if node.sentinel else ''} at {node.host}:{node.port}"
     if isinstance(error, RedisTimeoutError | TimeoutError):
         said = f"{who} does not answer in time"
@@ -49,6 +49,7 @@ def unreachable(node: Node, error: Exception, *, sent: bool) -> Unreachable:
         said = f"{who} cannot be reached ({type(error).__name__})"
     made = Unreachable(said)
     made.sent = sent
+    made.own_timer = own_timer
     return made
 
 
@@ -220,9 +221,7 @@ class Wire:
         try:
             room.get(timeout=self._timeout)
         except Empty:
-            raise StoreUnavailable(
-                "all connections to Redis are in use: see connections= and timeout="
-            ) from None
+            raise _all_in_use() from None
         try:
             while True:
                 link = self._take(ask)
@@ -311,6 +310,10 @@ def _is_dead(link: Link) -> bool:
         return True
 
 
+def _all_in_use() -> Overloaded:
+    return Overloaded("all connections to Redis are in use: see connections= and timeout=")
+
+
 class _AsyncLink(Protocol):
     """The part of redis-py's asyncio connection that is used."""
 
@@ -379,7 +382,7 @@ class AsyncWire:
             found = await _async_exchanged(mine, link, packed)
             done = True
         except TimeoutError as error:
-            raise unreachable(node, error, sent=True) from error
+            raise unreachable(node, error, sent=True, own_timer=True) from error
         except (RedisError, OSError):
             await mine.discard(node)
             return None
@@ -403,10 +406,14 @@ class AsyncWire:
         mine = self._loops.get(asyncio.get_running_loop()) or await self._open()
         try:
             # One bound for waiting, connecting, sending and reading: redis-py would make a task for each.
-            async with asyncio.timeout(self._place.timeout), mine.room:
-                return await self._ask(mine, ask)
+            with mine.patience.bound() as bound:
+                await _enter(mine.room, bound)
+                try:
+                    return await self._ask(mine, ask)
+                finally:
+                    mine.room.release()
         except TimeoutError as error:
-            raise unreachable(ask.node, error, sent=True) from error
+            raise unreachable(ask.node, error, sent=True, own_timer=True) from error
 
     async def _ask(self, mine: _Loop, ask: Ask) -> list[Any]:
         while True:
@@ -423,7 +430,12 @@ class AsyncWire:
                 done = True
             except (RedisError, OSError) as error:
                 if isinstance(error, TimeoutError) or fresh:
-                    raise unreachable(ask.node, error, sent=True) from error
+                    raise unreachable(
+                        ask.node,
+                        error,
+                        sent=True,
+                        own_timer=isinstance(error, RedisTimeoutError | TimeoutError),
+                    ) from error
                 await mine.discard(ask.node)
                 continue
             finally:
@@ -436,7 +448,7 @@ class AsyncWire:
         made = kind(
             **self._place.settings(node),
             socket_timeout=None,
-            socket_connect_timeout=self._place.timeout,
+            socket_connect_timeout=None,  # the bound of the exchange: redis-py's would blame a stalled loop on Redis
             retry=AsyncRetry(NoBackoff(), 0),
         )
         return cast("_AsyncLink", made)
@@ -473,6 +485,16 @@ class AsyncWire:
 
 
 _abandoned: list[object] = []  # never finalized
+
+
+async def _enter(room: asyncio.Semaphore, bound: Bound) -> None:
+    """Wait for a connection that nobody uses."""
+    try:
+        await room.acquire()
+    except asyncio.CancelledError:
+        if bound.is_why():
+            raise _all_in_use() from None
+        raise
 
 
 async def _converse(link: _AsyncLink, commands: Iterable[Command]) -> list[Any]:

@@ -32,11 +32,13 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from .._fork import hold_across_fork, notice_fork
 from .._locks import WaitingLock
+from .._patience import Patiences
 from ..digest import PepperStatus
-from ..exceptions import ConfigurationError, Conflict, NotFound, StoreUnavailable
+from ..exceptions import ConfigurationError, Conflict, NotFound, Overloaded, StoreUnavailable
 from ..model import Key, Machine
 from ..verify import Claim
 from . import (
@@ -157,7 +159,7 @@ class SQLStore:
         self._reads = AtLevel(engine, "AUTOCOMMIT")
         self._writes = AtLevel(self._writer, _WRITING[engine.dialect.name])
         self._statements = Statements(self.tables)
-        self._seen = False  # its tables, once: what is missing later was lost
+        self.seen = False  # its tables, once: what is missing later was lost
         self._closed = False
         hold_across_fork(self)
 
@@ -220,14 +222,14 @@ class SQLStore:
             if not died_idle(error, begin):
                 raise self.judged(error) from None
         else:
-            self._seen = True
+            self.seen = True
             return answer
         with _outages(), self._reads.connect() as connection:
             return question(connection)
 
     def judged(self, error: SQLAlchemyError) -> StoreUnavailable | ConfigurationError:
         """Tell an outage from tables that were never there, or that are of another schema."""
-        if not self._seen and isinstance(error, DBAPIError) and not error.connection_invalidated:
+        if not self.seen and isinstance(error, DBAPIError) and not error.connection_invalidated:
             with suppress(SQLAlchemyError, StoreUnavailable), self._reads.connect() as connection:
                 if is_missing(connection, self.tables):
                     return ConfigurationError(
@@ -510,7 +512,7 @@ class AsyncSQLStore:
     ) -> None:
         self._engine = engine
         self._sync = sync if isinstance(sync, SQLStore) else SQLStore(sync, prefix=prefix, schema=schema)
-        self._timeout = timeout
+        self._patience = Patiences(3 * timeout)
         self._statements = Statements(self._sync.tables)
         self._closed = False
 
@@ -543,22 +545,34 @@ class AsyncSQLStore:
             return await self._ask(statement, values)
         except SQLAlchemyError as error:
             if not died_idle(error, begin):
-                raise await asyncio.to_thread(self._sync.judged, error) from None
+                # Tables that were seen are not looked for: an outage takes none of the app's threads.
+                judged = (
+                    self._sync.judged(error)
+                    if self._sync.seen
+                    else await asyncio.to_thread(self._sync.judged, error)
+                )
+                if isinstance(judged, StoreUnavailable):
+                    judged.own_timer = _timed_out(error)
+                raise judged from None
         with _outages():
             return await self._ask(statement, values)
 
     async def _ask(self, statement: Select[Any], values: Mapping[str, Any]) -> Sequence[Row]:
         notice_fork()
         try:
-            # The driver's own bounds come first where it has any; this one is for those that have none.
-            async with asyncio.timeout(3 * self._timeout):
+            # The drivers' own bounds come first; this one is for those that have none.
+            with self._patience.bound():
                 engine = self._engine
                 if isinstance(engine, LoopEngines):
                     engine = await engine.here()
                 async with engine.connect() as connection:
-                    return await connection.run_sync(_ask_at_level, statement, values)
+                    rows = await connection.run_sync(_ask_at_level, statement, values)
+                    self._sync.seen = True
+                    return rows
         except TimeoutError:
-            raise StoreUnavailable("the SQL store does not answer in time") from None
+            error = StoreUnavailable("the SQL store does not answer in time")
+            error.own_timer = True
+            raise error from None
 
 
 class SQLFeed:
@@ -794,7 +808,19 @@ def _misled(error: SQLAlchemyError) -> ConfigurationError | None:
 
 
 def _unavailable(error: SQLAlchemyError) -> StoreUnavailable:
+    if isinstance(error, PoolTimeoutError):
+        return Overloaded("all connections to the SQL store are in use: see the engine's pool_size")
     return StoreUnavailable(f"the SQL store cannot answer ({_cause(error)})")
+
+
+def _timed_out(error: SQLAlchemyError) -> bool:
+    """Whether a timer of the driver's ended the connecting, which on an event loop may be the loop's fault."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, TimeoutError) or type(cause).__name__ == "ConnectionTimeout":  # psycopg's
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from sqlalchemy import URL, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError
 
 from .._fork import hold_across_fork
+from .._patience import Patiences
 from ..exceptions import ConfigurationError, StoreUnavailable
 from .sql_tables import DEFAULT_PREFIX, Tables
 
@@ -158,12 +159,16 @@ def _bound_connecting(engine: Engine, connecting: float, timeout: float) -> None
 def _bound_async_psycopg(engine: Engine, connecting: float, timeout: float) -> None:
     from .sql_psycopg import AsyncBoundedConnection
 
+    patience = Patiences(connecting)
+
     async def connect(*arguments: Any, **options: Any) -> AsyncBoundedConnection:
         try:
-            async with asyncio.timeout(connecting):
+            with patience.bound():
                 connection = await AsyncBoundedConnection.connect(*arguments, **options)
         except TimeoutError:
-            raise StoreUnavailable("the SQL store takes no connection in time") from None
+            error = StoreUnavailable("the SQL store takes no connection in time")
+            error.own_timer = True
+            raise error from None
         connection.bound = timeout
         return connection
 

@@ -8,7 +8,7 @@ deadline is kept here, around each exchange with the server; a connection that m
 from __future__ import annotations
 
 import asyncio
-import time
+import math
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -30,13 +30,17 @@ class Late(psycopg.OperationalError):
 def _until(
     exchange: Generator[Any, Any, _T], seconds: float, pgconn: psycopg.pq.abc.PGconn
 ) -> Generator[Any, Any, _T]:
-    """Pass an exchange through until its time is up. psycopg looks in every 0.1 s while nothing comes."""
-    end = time.monotonic() + seconds
+    """Pass an exchange through until its time is up. psycopg looks in every 0.1 s while nothing comes.
+
+    The looks are counted and not the time: a stalled event loop is no fault of the server's.
+    """
+    looks = math.ceil(seconds / LOOK_IN)
     try:
         state = next(exchange)
         while True:
             ready = yield state
-            if not ready and time.monotonic() >= end:
+            looks -= not ready
+            if not ready and looks <= 0:
                 pgconn.finish()  # half-way through an answer it is of no more use
                 raise Late("no answer in time")
             state = exchange.send(ready)

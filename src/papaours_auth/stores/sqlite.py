@@ -22,7 +22,7 @@ from urllib.parse import quote, unquote_to_bytes
 
 from .._fork import hold_across_fork, in_own_process, notice_fork
 from ..digest import PepperStatus
-from ..exceptions import ConfigurationError, Conflict, NotFound, StoreUnavailable
+from ..exceptions import ConfigurationError, Conflict, NotFound, Overloaded, StoreUnavailable
 from ..model import Key, Machine, Record
 from ..verify import PARTITIONS, Claim
 from . import (
@@ -60,9 +60,10 @@ LOG_READ: Final = 10_000
 """Changes a watcher reads at once: further behind, it drops its whole cache."""
 BUSY_TIMEOUT: Final = 5.0
 """Seconds an administrator's write waits for another's. Lookups never wait: WAL readers meet no lock."""
-LOOKUP_THREADS: Final = 4
+LOOKUP_THREADS: Final = 6
+"""Threads for an event loop's lookups: more than an authenticator uses for foreign keys at a time."""
 MOST_WAITING: Final = 1_000
-"""Lookups of event loops that may wait for those threads; more are refused as an outage."""
+"""Lookups of event loops that may wait for those threads; more are `Overloaded`."""
 _MMAP_BYTES: Final = 1 << 30
 
 _MIGRATIONS: Final = tuple(Path(__file__).with_name(f"sqlite_{version}.sql") for version in (1, 2))
@@ -368,7 +369,7 @@ class AsyncSQLiteStore:
         if self._executor is None:
             self._executor = ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="papaours-sqlite")
         if len(self._waiting) >= MOST_WAITING:
-            raise StoreUnavailable("the SQLite store is slower than the calls come in")
+            raise Overloaded("the SQLite store is slower than the calls come in")
         asked = self._executor.submit(call)
         self._waiting.add(asked)
         asked.add_done_callback(self._waiting.discard)
