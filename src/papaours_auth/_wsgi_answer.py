@@ -126,6 +126,8 @@ class Answer:
             )  # raises if the status has been sent
         if not self._sent:
             self._said = status
+            if self._call is not None:  # now: Flask forgets its request before the app returns
+                self._call.route = self._route()
         write: object = self._write
         return self._write if write is None else self._written  # granian has none
 
@@ -301,16 +303,19 @@ class Answer:
         return found
 
     def _describe(self, call: Call, status: str) -> None:
-        environ, form = self._environ, self._guard.authenticator.format
+        environ = self._environ
         try:
             call.status = int(status[:3])
         except (TypeError, ValueError):  # none, or what the server will complain of
             call.status = 0
-        call.route = recordable(route_of(environ), form)
+        call.route = call.route or self._route()
         refused = _told(environ, status)
         if refused is not None and not call.reason:
             call.reason = refused.reason.value
-        call.request_id = recordable(environ.get("HTTP_X_REQUEST_ID", ""), form)
+        call.request_id = recordable(environ.get("HTTP_X_REQUEST_ID", ""), self._guard.authenticator.format)
+
+    def _route(self) -> str:
+        return recordable(route_of(self._environ), self._guard.authenticator.format)
 
 
 class _Pieces:
