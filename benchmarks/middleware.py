@@ -121,7 +121,7 @@ class WithoutPrivate(ASGIMiddleware):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         key, client = self._presented(scope)
         identity = self.authenticator.cached(key, client)
-        scope["papaours"] = scope["user"] = scope["auth"] = identity
+        scope["papaours"] = identity
         await self.app(scope, receive, send)
 
 

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from papaours_auth.asgi import PapaoursAuthMiddleware, identity_of
+from papaours_auth.starlette import PapaoursAuthMiddleware, identity
 
 
 def healthz(request: Request) -> Response:
@@ -18,9 +18,7 @@ def healthz(request: Request) -> Response:
 
 @requires("contrats:lecture")
 def contracts(request: Request) -> Response:
-    identity = identity_of(request.scope)
-    caller = identity.machine.name if identity is not None else None
-    return JSONResponse({"caller": caller, "contracts": ["C-2026-001", "C-2026-002"]})
+    return JSONResponse({"caller": identity(request).machine.name, "contracts": ["C-2026-001", "C-2026-002"]})
 
 
 @requires("contrats:suppression")

@@ -92,7 +92,7 @@ LAYERS = [
         "throttle_storage.py",
     },
     {"__init__.py", "_middleware.py"},
-    {"asgi.py", "wsgi.py", "_wsgi_answer.py"},
+    {"_asgi_guard.py", "_asgi_answer.py", "_asgi_lifespan.py", "asgi.py", "wsgi.py", "_wsgi_answer.py"},
     {
         "starlette.py",
         "fastapi.py",
@@ -113,6 +113,8 @@ CARRIERS = [
 ]
 RENDERERS = [
     "asgi.py",
+    "_asgi_guard.py",
+    "_asgi_answer.py",
     "wsgi.py",
     "_wsgi_answer.py",
     "starlette.py",

@@ -7,7 +7,9 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import asgiref.sync
 import pytest
+from starlette._utils import is_async_callable
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 from starlette.testclient import TestClient, WebSocketDenialResponse
@@ -16,7 +18,9 @@ from starlette.websockets import WebSocket
 from papaours_auth import AsyncAuthenticator, ConfigurationError, PepperRing, StoreUnavailable
 from papaours_auth.asgi import PapaoursAuthMiddleware, identity_of
 from papaours_auth.digest import new_pepper
+from papaours_auth.starlette import PapaoursAuthMiddleware as StarletteMiddleware
 from papaours_auth.stores.memory import AsyncMemoryStore, MemoryStore
+from papaours_auth.usage import CallableSink, Recorder
 from support.calls import Recorded, http_scope, lifespan, run_asgi, websocket_scope
 
 SEED = "pk_prod_abc123def456ghi789"
@@ -69,7 +73,7 @@ def test_pitfall_11_starlettes_own_client_sees_the_denial(authenticator: AsyncAu
         await websocket.close()
 
     app = Starlette(routes=[WebSocketRoute("/live", live)])
-    client = TestClient(PapaoursAuthMiddleware(app, authenticator=authenticator))
+    client = TestClient(StarletteMiddleware(app, authenticator=authenticator))
     with client.websocket_connect("/live", headers=dict(BEARER)) as session:
         assert session.receive_text() == "Service de facturation"
     with pytest.raises(WebSocketDenialResponse) as denial, client.websocket_connect("/live"):
@@ -138,21 +142,48 @@ def test_pitfall_21_an_app_starts_although_its_store_is_down_and_says_so(
     asyncio.run(guarded.aclose())
 
 
-def test_a_scope_of_another_type_is_not_ours(authenticator: AsyncAuthenticator) -> None:
+@pytest.mark.parametrize("options", [{}, {"required": False}, {"everywhere": False}, {"exempt": ["/live"]}])
+@pytest.mark.parametrize("kind", ["webtransport", "something.new", "", None])
+def test_a_scope_of_a_type_nobody_knows_is_refused(
+    authenticator: AsyncAuthenticator, kind: Any, options: dict[str, Any]
+) -> None:
     app = Recorded()
-    run_asgi(PapaoursAuthMiddleware(app, authenticator=authenticator), {"type": "something.new"})
-    assert app.scopes == [{"type": "something.new"}]
+    guarded = PapaoursAuthMiddleware(app, authenticator=authenticator, **options)
+    with pytest.raises(ValueError, match="guards http and websocket"):
+        run_asgi(guarded, {**websocket_scope(BEARER), "type": kind})
+    assert app.scopes == []
 
 
-# guards within guards
+# what the scope is told
 
 
-def test_an_inner_guard_does_not_take_an_outer_ones_caller_for_its_own(
+def test_pitfall_42_the_plain_middleware_writes_its_own_keys_alone(authenticator: AsyncAuthenticator) -> None:
+    app = Recorded()
+    for options, headers in (({}, BEARER), ({"required": False}, []), ({"exempt": ["/contracts"]}, BEARER)):
+        scope = http_scope(headers=headers)
+        before = set(scope)
+        run_asgi(PapaoursAuthMiddleware(app, authenticator=authenticator, **options), scope)
+        assert {key.partition(".")[0] for key in scope.keys() - before} == {"papaours"}
+
+
+def test_pitfall_42_nothing_that_requests_share_can_be_written_to(authenticator: AsyncAuthenticator) -> None:
+    app = Recorded()
+    guarded = StarletteMiddleware(app, authenticator=authenticator, required=False)
+    run_asgi(guarded, http_scope())
+    run_asgi(guarded, http_scope(headers=BEARER))
+    for scope in app.scopes:
+        for shared in (scope["user"], scope["auth"]):
+            for name in ("_wrapped", "is_authenticated", "pk", "scopes"):
+                with pytest.raises((AttributeError, TypeError)):
+                    setattr(shared, name, "somebody")
+
+
+def test_starlettes_front_does_not_take_an_outer_guards_caller_for_its_own(
     authenticator: AsyncAuthenticator,
 ) -> None:
     app = Recorded()
-    inner = PapaoursAuthMiddleware(app, authenticator=authenticator, exempt=["/healthz"])
-    run_asgi(PapaoursAuthMiddleware(inner, authenticator=authenticator), http_scope("/healthz", BEARER))
+    inner = StarletteMiddleware(app, authenticator=authenticator, exempt=["/healthz"])
+    run_asgi(StarletteMiddleware(inner, authenticator=authenticator), http_scope("/healthz", BEARER))
     scope = app.scopes[0]
     assert identity_of(scope) is None
     assert not scope["user"].is_authenticated
@@ -161,7 +192,7 @@ def test_an_inner_guard_does_not_take_an_outer_ones_caller_for_its_own(
 
 def test_a_user_that_another_middleware_found_stays(authenticator: AsyncAuthenticator) -> None:
     app, somebody = Recorded(), object()
-    guarded = PapaoursAuthMiddleware(app, authenticator=authenticator, required=False)
+    guarded = StarletteMiddleware(app, authenticator=authenticator, required=False)
     run_asgi(guarded, http_scope(user=somebody))
     assert app.scopes[0]["user"] is somebody
 
@@ -187,6 +218,81 @@ def test_pitfall_35_a_root_path_is_taken_off_where_it_begins_the_path_and_nowher
     guarded = PapaoursAuthMiddleware(Recorded(), authenticator=authenticator, exempt=["/healthz"])
     start, _ = run_asgi(guarded, http_scope(path, root_path=root))
     assert start["status"] == status
+
+
+# the answer passes through whole
+
+
+class Forwarded(dict[str, Any]):
+    """A message, to be recognised."""
+
+
+def pairs(*given: tuple[bytes, bytes]) -> Iterator[tuple[bytes, bytes]]:
+    yield from given
+
+
+HEADERS = [(b"content-type", b"text/html"), (b"set-cookie", b"a=1"), (b"set-cookie", b"b=2")]
+STORED = (b"Cache-Control", b"no-store")
+
+
+@pytest.mark.parametrize(
+    "iterable", [list, tuple, pairs, lambda *given: iter(given), lambda *given: map(list, given)]
+)
+@pytest.mark.parametrize("headers", [[], HEADERS, [*HEADERS, STORED], [STORED, *HEADERS]])
+def test_pitfall_43_headers_of_any_iterable_arrive_whole(
+    authenticator: AsyncAuthenticator, iterable: Any, headers: list[tuple[bytes, bytes]]
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        given = iterable(*headers) if iterable not in (list, tuple) else iterable(headers)
+        await send({"type": "http.response.start", "status": 200, "headers": given})
+
+    start, *_ = run_asgi(PapaoursAuthMiddleware(app, authenticator=authenticator), http_scope(headers=BEARER))
+    added = [] if STORED in headers else [(b"cache-control", b"private")]
+    assert [tuple(pair) for pair in start["headers"]] == [*headers, *added]
+
+
+@pytest.mark.parametrize("usage", [False, True], ids=["unrecorded", "recorded"])
+def test_messages_of_the_extensions_pass_unchanged_in_any_order(
+    authenticator: AsyncAuthenticator, usage: bool
+) -> None:
+    """ASGI's own extensions, one that nobody knows, and an order that only the server may judge."""
+    kinds = [
+        *(
+            "http.response.early_hint",
+            "http.response.push",
+            "http.response.body",
+            "http.response.zerocopysend",
+        ),
+        *("http.response.pathsend", "http.response.trailers", "http.response.debug", "http.response.start"),
+        *("http.response.something_new", "tls.something"),
+    ]
+    messages = [Forwarded(type=kind, headers=[STORED], status=200, extra=object()) for kind in kinds]
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        for message in messages:
+            await send(message)
+
+    with Recorder(CallableSink(lambda _: None)) as recorder:
+        guarded = PapaoursAuthMiddleware(app, authenticator=authenticator, usage=recorder if usage else None)
+        sent = run_asgi(guarded, http_scope(headers=BEARER))
+    assert len(sent) == len(messages)
+    assert all(one is another for one, another in zip(sent, messages, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"usage": True}, {"exempt": ["/contracts"]}, {"everywhere": False}])
+def test_send_is_a_coroutine_function_as_frameworks_test_it(
+    authenticator: AsyncAuthenticator, options: dict[str, Any]
+) -> None:
+    seen: list[bool] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(asgiref.sync.iscoroutinefunction(send) and is_async_callable(send))
+
+    with Recorder(CallableSink(lambda _: None)) as recorder:
+        options = {**options, **({"usage": recorder} if "usage" in options else {})}
+        guarded = PapaoursAuthMiddleware(app, authenticator=authenticator, **options)
+        run_asgi(guarded, http_scope(headers=BEARER))
+    assert seen == [True]
 
 
 # the hot path

@@ -42,9 +42,9 @@ from papaours_auth import flask as papaours_flask
 from papaours_auth.asgi import PapaoursAuthMiddleware as ASGIMiddleware
 from papaours_auth.asgi import identity_of as asgi_identity
 from papaours_auth.asgi import require
-from papaours_auth.asgi import respond as asgi_respond
 from papaours_auth.fastapi import PapaoursAuth
 from papaours_auth.flask import require as flask_require
+from papaours_auth.starlette import PapaoursAuthMiddleware as StarletteMiddleware
 from papaours_auth.starlette import exception_handlers
 from papaours_auth.starlette import require as starlette_require
 from papaours_auth.stores.memory import AsyncMemoryStore, MemoryStore
@@ -346,13 +346,8 @@ def asgi_app(estate: Estate, row: Row) -> Any:
         path = scope["path"]
         refusal = raised(path)
         if refusal is not None:
-            await asgi_respond(refusal, scope, send)
-            return
-        try:
-            caller = require(scope, RIGHT) if asks(path) else asgi_identity(scope)
-        except Refused as refused:
-            await asgi_respond(refused, scope, send)
-            return
+            raise refusal
+        caller = require(scope, RIGHT) if asks(path) else asgi_identity(scope)
         content = {"caller": caller.machine.name if caller else None}
         await JSONResponse(content, headers=cache_headers(path))(scope, receive, send)
 
@@ -370,7 +365,7 @@ def starlette_app(estate: Estate, row: Row) -> Any:
 
     return Starlette(
         routes=[Route("/{path:path}", endpoint, methods=METHODS)],
-        middleware=[Middleware(ASGIMiddleware, **estate.options(row, waiting=True))],
+        middleware=[Middleware(StarletteMiddleware, **estate.options(row, waiting=True))],
         exception_handlers=exception_handlers,
     )
 

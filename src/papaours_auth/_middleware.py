@@ -1,4 +1,4 @@
-"""What both middlewares share: their options, whose identity counts, and one anonymous caller."""
+"""What both middlewares share: their options, and whose identity counts."""
 
 from __future__ import annotations
 
@@ -119,15 +119,3 @@ def authorized(caller: Identity, rights: Sequence[str], organisation: str | Unse
         finally:
             del answer  # an error whose frame holds it is a cycle
     return answer
-
-
-class Anonymous:
-    """A caller without a key, where none is needed. Answers to Starlette's names, as `Identity` does."""
-
-    is_authenticated = False
-    display_name = ""
-    identity = ""
-    scopes: frozenset[str] = frozenset()
-
-
-ANONYMOUS: Final = Anonymous()

@@ -12,8 +12,7 @@ the identity that the middleware found.
 """
 
 # No `from __future__ import annotations`: FastAPI before 0.116 cannot read such on a dependency that is an object.
-import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Final
 
@@ -22,12 +21,12 @@ from fastapi.security import APIKeyHeader, HTTPBearer, SecurityScopes
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ._asgi_answer import answer_to_somebody, note
+from ._asgi_guard import Guard
 from ._middleware import REFUSAL, vouched
-from .asgi import RECORDED, REFUSED, Guard, Message, PapaoursAuthMiddleware, identity_of, outcome_of, private
 from .exceptions import Refused
 from .model import Identity
-from .starlette import refuse, require
-from .usage import Call, Recorder
+from .starlette import PapaoursAuthMiddleware, as_http, refuse, require
 
 __all__ = ["PapaoursAuth", "PapaoursAuthMiddleware"]
 
@@ -62,12 +61,16 @@ class PapaoursAuth(Guard):
         _bearer: Annotated[object, Security(_BEARER)] = None,
         _header: Annotated[object, Security(_HEADER)] = None,
     ) -> Identity | None:
-        """Give who calls, if they have the rights named as scopes. Raises `Refused`."""
+        """Return who calls, if they have the rights named as scopes. Raises `HTTPRefused`."""
         scope = connection.scope
         # A guard further out may have found who calls. Its word counts if it has this same authenticator.
         found = vouched(scope.get("papaours"), self.authenticator)
         if found is None:
-            found = await self.identify(scope)
+            try:
+                found = await self.identify(scope)
+            except Refused as refused:
+                note(scope, refused)
+                raise as_http(refused, connection) from None
             scope[REFUSAL] = None  # not that of a guard further out
         scope["papaours"] = found
         if not scopes.scopes:
@@ -99,60 +102,17 @@ class _Answers:
         self.app, self._guard = app, guard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        recorder = self._guard.recorder
-        if scope["type"] not in ("http", "websocket"):
+        kind = scope["type"]
+        if kind != "http" and kind != "websocket":
             await self.app(scope, receive, send)
-        elif recorder is None or RECORDED in scope:
-            await self.app(scope, receive, _marked(scope, send))
-        else:
-            answer = _Recording(self._guard, recorder, scope, send)
-            try:
-                await self.app(scope, receive, answer.send)
-            except BaseException as error:
-                answer.end(error)
-                raise
-            answer.end()
-
-
-def _marked(scope: Scope, send: Send) -> Send:
-    marked = private(send)
-
-    def send_marked(message: Message) -> Awaitable[None]:
-        return (marked if identity_of(scope) is not None else send)(message)
-
-    return send_marked
-
-
-class _Recording:
-    """One answer. Whom the dependency found, or refused, is known when it begins."""
-
-    def __init__(self, guard: Guard, recorder: Recorder, scope: Scope, send: Send) -> None:
-        self._guard, self._recorder, self._scope = guard, recorder, scope
-        self._send, self._onward = send, send
-        self._started = time.monotonic()
-        self._asked = False
-        self._call: Call | None = None
-
-    def send(self, message: Message) -> Awaitable[None]:
-        """Send a message, and note what it tells."""
-        if not self._asked:
-            self._ask()
-        return self._onward(message)
-
-    def end(self, error: BaseException | None = None) -> None:
-        """Note the end."""
-        if not self._asked:
-            self._ask()
-        if self._call is not None:
-            self._guard.ended(self._recorder, self._call, self._scope, outcome_of(self._call, error))
-
-    def _ask(self) -> None:
-        self._asked = True
-        refused, caller = self._scope.get(REFUSED), identity_of(self._scope)
-        if isinstance(refused, Refused):
-            self._call = self._guard.refused(self._recorder, refused, self._scope)
-        elif caller is not None:
-            self._call = self._guard.accepted(caller, self._scope)
-        if self._call is not None:
-            self._call.started = self._started
-            self._onward = self._guard.recorded(self._send, self._call, self._scope, self._recorder)
+            return
+        answer = answer_to_somebody(self._guard, scope, send, found=True)
+        receive = receive if kind == "http" else answer.listening(receive)
+        try:
+            running = self.app(scope, receive, answer.send)
+            del scope  # its headers hold the key
+            await running
+        except BaseException as error:
+            answer.end(error)
+            raise
+        answer.end()

@@ -24,6 +24,7 @@ COMMANDS: Mapping[str, Callable[[str, int], list[str]]] = {
     "uvicorn": lambda app, port: ["uvicorn", app, f"--port={port}"],
     "granian": lambda app, port: ["granian", app, "--interface=asgi", f"--port={port}"],
     "hypercorn": lambda app, port: ["hypercorn", app, f"--bind=127.0.0.1:{port}"],
+    "hypercorn-trio": lambda app, port: ["hypercorn", app, f"--bind=127.0.0.1:{port}", "--worker-class=trio"],
     "gunicorn": lambda app, port: ["gunicorn", app, f"--bind=127.0.0.1:{port}", "--workers=2"],
     # The app, its store and its watcher are there before the fork.
     "gunicorn-preload": lambda app, port: [
