@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 IDENTITY: Final = "papaours.identity"
 STOOD_ASIDE: Final = "papaours.stood_aside"
 """Where in an environ a guard that refuses nobody leaves the id of its authenticator, beside its refusal."""
+ASKED: Final = "papaours.asked"
+"""Where in an environ an integration leaves the guard that a route of its asked who calls, for what is recorded."""
 REFUSED: Final = "papaours.refused"
 """Where in an environ it is noted that a `Refused` was answered below a guard, for what the guard records."""
 _RECORDERS: Final = "papaours.recorders"
@@ -96,10 +98,11 @@ class Answer:
             _close(body)
             return self._instead
         if isinstance(body, (list, tuple)):
-            if body and isinstance(body[0], str):
-                self.end(_FAILED)  # no server takes text
-            else:
-                self._complete()
+            if self._call is not None:
+                if body and isinstance(body[0], str):
+                    self.end(_FAILED)  # no server takes text
+                else:
+                    self._complete()
             return body
         return self._handed_on(body)
 
@@ -121,9 +124,8 @@ class Answer:
         if exc_info is None:
             self._write = self._start_response(status, headers)
         else:
-            self._write = self._start_response(
-                status, headers, exc_info
-            )  # raises if the status has been sent
+            # This raises if the status has been sent.
+            self._write = self._start_response(status, headers, exc_info)
         if not self._sent:
             self._said = status
             if self._call is not None:  # now: Flask forgets its request before the app returns
@@ -285,6 +287,8 @@ class Answer:
         environ, recorder = self._environ, self._recorder
         refused = _told(environ, status)
         if refused is None:
+            if environ.get(ASKED) is not self._guard:
+                return False
             caller = self._identity = vouched(environ[IDENTITY], self._guard.authenticator)
         else:
             caller = refused.known

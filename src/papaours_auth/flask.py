@@ -22,7 +22,7 @@ from werkzeug.exceptions import HTTPException, default_exceptions
 
 from . import wsgi
 from ._middleware import REFUSAL, WSGIOptions, authorized, known, vouched
-from ._wsgi_answer import IDENTITY, REFUSED, STOOD_ASIDE, note
+from ._wsgi_answer import ASKED, IDENTITY, REFUSED, STOOD_ASIDE, note
 from .authenticator import Authenticator
 from .exceptions import ConfigurationError, InvalidInput, Reason, Refused
 from .http import render, status_of, words_of
@@ -215,7 +215,7 @@ def identity() -> Identity:
         found = identity_of(request.environ)
         for guard in guards.values():
             if vouched(found, guard.authenticator) is not None:
-                return known(found, None)
+                return _caller(guard)
         if not guards:
             return wsgi.identity(request.environ)
         return _caller(next(iter(guards.values())))
@@ -240,6 +240,7 @@ def _guards() -> dict[PapaoursAuth, PapaoursAuthMiddleware]:
 def _caller(guard: PapaoursAuthMiddleware) -> Identity:
     """Return whom this guard knows: found by it or by one of its authenticator, else judged now."""
     environ = request.environ
+    environ[ASKED] = guard
     # An app mounted in another one may have a guard of its own.
     found = vouched(identity_of(environ), guard.authenticator)
     if found is None:

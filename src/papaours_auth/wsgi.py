@@ -171,15 +171,16 @@ class PapaoursAuthMiddleware(Guard):
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Guard one request (PEP 3333)."""
-        environ[IDENTITY] = environ[REFUSAL] = None  # not those of a guard further out
         identity = refused = None
+        environ[REFUSAL] = None  # not that of a guard further out
         if self._everything or self.gate.guards(path_of(environ)):
             try:
-                identity = environ[IDENTITY] = self.identify(environ)
+                identity = self.identify(environ)
             except Refused as error:
                 refused = error.copy()
                 if not self.gate.everywhere:
                     environ[REFUSAL], environ[STOOD_ASIDE] = refused, self.authenticator.id
+        environ[IDENTITY] = identity
         answer = Answer(self, environ, start_response, identity)
         del environ  # its headers hold the key
         if refused is not None and self.gate.everywhere:
