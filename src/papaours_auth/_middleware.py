@@ -44,7 +44,12 @@ class WSGIOptions(MiddlewareOptions, total=False):
 
 
 def split_options(options: MiddlewareOptions) -> tuple[GateOptions, Options, Throttle | None]:
-    """Part the gate's options from the authenticator's and the throttle. Raises `ConfigurationError`."""
+    """Part the gate's options from the authenticator's and the throttle.
+
+    Raises `ConfigurationError`, and `TypeError` for an option that there is not.
+    """
+    for name in options.keys() - MiddlewareOptions.__annotations__.keys():
+        raise TypeError(f"there is no option {name!r}")
     gate: Mapping[str, object] = {k: v for k, v in options.items() if k in GateOptions.__annotations__}
     rest: Mapping[str, object] = {k: v for k, v in options.items() if k not in gate and k != "throttle"}
     throttle = options.get("throttle")
