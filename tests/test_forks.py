@@ -116,10 +116,12 @@ def test_pitfall_46_a_child_that_has_not_noticed_yet_trusts_its_cache_no_longer_
 ) -> None:
     """No hook ran and nothing is recorded: its calls are hits in its parent's cache, which nobody watches for it."""
     reports = run(Plan("wsgi", f"sqlite:///{tmp_path}/keys.db", "", "", "hookless", True))
-    for report in reports[:CHILDREN]:
+    children = reports[:CHILDREN]
+    for report in children:
         assert report["refused"] == []
-        assert 0 < report["late"] <= MAX_STALENESS
+        assert report["late"] <= MAX_STALENESS
         assert report["ok"], report
+    assert max(report["late"] for report in children) > 0  # it was the cache that let them in
 
 
 ONE_FAILS = """
