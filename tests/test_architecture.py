@@ -91,7 +91,7 @@ LAYERS = [
         "throttle_redis.py",
         "throttle_storage.py",
     },
-    {"__init__.py", "_middleware.py"},
+    {"__init__.py", "_middleware.py", "readiness.py"},
     {"_asgi_guard.py", "_asgi_answer.py", "_asgi_lifespan.py", "asgi.py", "wsgi.py", "_wsgi_answer.py"},
     {
         "starlette.py",

@@ -16,6 +16,7 @@ from .exceptions import Refused
 from .http import Answer as HTTPAnswer
 from .http import render
 from .model import UNSET, Identity, Unset
+from .readiness import asgi_app
 from .stores import AsyncStore
 from .usage import Recorder
 
@@ -30,9 +31,12 @@ __all__ = [
     "answer_to_refused",
     "identity",
     "identity_of",
+    "readiness",
     "require",
     "respond",
 ]
+
+readiness = asgi_app
 
 
 class PapaoursAuthMiddleware(Guard):

@@ -26,9 +26,9 @@ from ._asgi_guard import Guard
 from ._middleware import REFUSAL, vouched
 from .exceptions import Refused
 from .model import Identity
-from .starlette import PapaoursAuthMiddleware, as_http, refuse, require
+from .starlette import PapaoursAuthMiddleware, as_http, readiness, refuse, require
 
-__all__ = ["PapaoursAuth", "PapaoursAuthMiddleware"]
+__all__ = ["PapaoursAuth", "PapaoursAuthMiddleware", "readiness"]
 
 _WORDS: Final = "A Papaours API key, `pk_prod_…`. It is secret in spite of its `pk_`."
 

@@ -27,11 +27,12 @@ from .authenticator import Authenticator
 from .exceptions import ConfigurationError, InvalidInput, Reason, Refused
 from .http import render, status_of, words_of
 from .model import UNSET, Identity, Unset, parse_right
+from .readiness import readiness_of
 from .stores import Store
 from .usage import Recorder
 from .wsgi import PapaoursAuthMiddleware, identity_of
 
-__all__ = ["HTTPRefused", "PapaoursAuth", "identity", "refuse", "require"]
+__all__ = ["HTTPRefused", "PapaoursAuth", "identity", "readiness", "refuse", "require"]
 
 _EXTENSION: Final = "papaours-auth"
 _NEEDED: Final = ("WWW-Authenticate", "Retry-After", "Cache-Control")
@@ -263,3 +264,16 @@ def _complete(response: Response) -> Response:
             if name in _NEEDED:
                 response.headers.setdefault(name, value)
     return response
+
+
+def readiness(auth: PapaoursAuth) -> Callable[[], Response]:
+    """Return a view that tells whether traffic should come here: 200, or 503 with the reasons.
+
+    ``app.add_url_rule("/readyz", "readyz", readiness(auth))``, on a path that needs no key.
+    """
+
+    def ready() -> Response:
+        answer = readiness_of(_guards()[auth], method=request.method)
+        return Response(answer.body, answer.status, list(answer.headers))
+
+    return ready

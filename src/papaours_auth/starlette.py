@@ -12,11 +12,11 @@ Starlette's ``@requires("contrats:lecture")`` works too; the answer to a lacking
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, Unpack
 
 from starlette.exceptions import HTTPException
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import ExceptionHandler, Receive, Scope, Send
 
@@ -28,10 +28,19 @@ from .authenticator import AsyncAuthenticator
 from .exceptions import Refused
 from .http import render, words_of
 from .model import UNSET, Identity, Unset
+from .readiness import Guarding, Watching, readiness_of
 from .stores import AsyncStore
 from .usage import Recorder
 
-__all__ = ["HTTPRefused", "PapaoursAuthMiddleware", "exception_handlers", "identity", "refuse", "require"]
+__all__ = [
+    "HTTPRefused",
+    "PapaoursAuthMiddleware",
+    "exception_handlers",
+    "identity",
+    "readiness",
+    "refuse",
+    "require",
+]
 
 
 class Anonymous:
@@ -145,3 +154,16 @@ class _Refusal(Response):
 
 exception_handlers: Final[dict[Any, ExceptionHandler]] = {Refused: refuse}
 """For ``Starlette(exception_handlers=…)``. Any: Starlette's own type for the keys."""
+
+
+def readiness(subject: Watching | Guarding) -> Callable[[Request], Awaitable[Response]]:
+    """Return an endpoint that tells the readiness of an authenticator or of a guard: 200, or 503 with the reasons.
+
+    ``Route("/readyz", readiness(authenticator), methods=["GET"])``, on a path that needs no key.
+    """
+
+    async def ready(request: Request) -> Response:
+        answer = readiness_of(subject, method=request.method)
+        return Response(answer.body, answer.status, dict(answer.headers))
+
+    return ready

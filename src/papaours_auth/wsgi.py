@@ -24,6 +24,7 @@ from .authenticator import Authenticator
 from .exceptions import ConfigurationError, Reason, Refused, StoreUnavailable
 from .http import Gate, credentials
 from .model import UNSET, Identity, Unset
+from .readiness import wsgi_app
 from .stores import Store
 from .usage import Recorder
 
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 logger = logging.getLogger("papaours_auth")
+readiness = wsgi_app
 _DROPPING: Final = ("gunicorn/", "waitress", "Werkzeug/")
 """How servers call themselves that drop headers with underscores in their names, each held by a test."""
 
