@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 import pytest
+from fastapi import FastAPI, Security
 from flask import Flask
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 import papaours_auth._middleware as middleware
 from conftest import ManualClock
@@ -29,6 +35,9 @@ from papaours_auth import (
 from papaours_auth import flask as papaours_flask
 from papaours_auth.asgi import PapaoursAuthMiddleware as ASGIMiddleware
 from papaours_auth.digest import new_pepper
+from papaours_auth.fastapi import PapaoursAuth as FastAPIAuth
+from papaours_auth.fastapi import PapaoursAuthMiddleware as FastAPIMiddleware
+from papaours_auth.starlette import PapaoursAuthMiddleware as StarletteMiddleware
 from papaours_auth.stores.memory import AsyncMemoryStore, MemoryStore
 from papaours_auth.wsgi import PapaoursAuthMiddleware as WSGIMiddleware
 from support.calls import environ_of, http_scope, run_asgi, run_wsgi
@@ -57,8 +66,7 @@ class Front:
         names = set()
         for name, parameter in inspect.signature(self.takes.__init__).parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
-                written = str(parameter.annotation)
-                kind = written.rpartition("[")[2].rstrip("]").rpartition(".")[2]
+                kind = re.findall(r"\w+Options", str(parameter.annotation))[-1]
                 names |= getattr(middleware, kind).__annotations__.keys()
             elif parameter.kind is parameter.KEYWORD_ONLY:
                 names.add(name)
@@ -126,10 +134,41 @@ class ASGI(Front):
         return AsyncMemoryStore(house.store)
 
 
+class InStarlette(ASGI):
+    def build(self, house: House, **options: Any) -> Any:
+        async def page(request: Request) -> Response:
+            return Response()
+
+        app = Starlette(routes=[Route("/{path:path}", page, methods=["GET", "OPTIONS"])])
+        return self.takes(app, **options)
+
+
+class InFastAPI(ASGI):
+    """The dependency, on every path."""
+
+    def build(self, house: House, **options: Any) -> Any:
+        app, auth = FastAPI(), self.takes(**options)
+        app.add_api_route(
+            "/{path:path}", lambda: None, methods=["GET", "OPTIONS"], dependencies=[Security(auth)]
+        )
+        auth.install(app)
+        app.state.guard = auth
+        return app
+
+    def ask(self, app: Any, path: str = "/contracts", headers: Any = KEY, **more: Any) -> int:
+        more.pop("software", None)
+        scope = http_scope(path, headers, client=(more.pop("client", "203.0.113.9"), 4711), **more)
+        status: int = run_asgi(app, scope, [{"type": "http.request"}] * 5)[0]["status"]
+        return status
+
+
 FRONTS: dict[str, Front] = {
     "wsgi": WSGI(WSGIMiddleware),
     "flask": InFlask(papaours_flask.PapaoursAuth),
     "asgi": ASGI(ASGIMiddleware),
+    "starlette": InStarlette(StarletteMiddleware),
+    "fastapi": InFastAPI(FastAPIAuth),
+    "fastapi's middleware": InStarlette(FastAPIMiddleware),
 }
 
 
@@ -148,7 +187,11 @@ def made(front: Front, house: House, **options: Any) -> Any:
     if "authenticator" in options:
         given = {}
     app = front.build(house, **(given | options))
-    guard = next(iter(app.extensions["papaours-auth"].values())) if isinstance(app, Flask) else app
+    guard = app
+    if isinstance(app, Flask):
+        guard = next(iter(app.extensions["papaours-auth"].values()))
+    elif isinstance(app, FastAPI):
+        guard = app.state.guard
     house.opened.append(guard.authenticator)
     return app
 

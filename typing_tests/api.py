@@ -19,6 +19,7 @@ from papaours_auth import (
 from papaours_auth.asgi import PapaoursAuthMiddleware as ASGIMiddleware
 from papaours_auth.asgi import Receive, Scope, Send
 from papaours_auth.asgi import identity_of as asgi_identity
+from papaours_auth.fastapi import PapaoursAuth as FastAPIAuth
 from papaours_auth.keys import NewKey
 from papaours_auth.stores import AsyncStore, Store
 from papaours_auth.throttle import Throttle
@@ -81,3 +82,7 @@ ASGIMiddleware(app, environment="prod", throttle=30)  # type: ignore[arg-type]  
 ASGIMiddleware(app, environment="prod", exempts=[])  # type: ignore[call-arg]
 ASGIMiddleware(app, environment="prod", preflight="maybe")  # type: ignore[arg-type]
 WSGIMiddleware(app, environment="prod")  # type: ignore[arg-type]  # an ASGI app
+FastAPIAuth(environment="prod", required=False, throttle="30/minute", trusted_proxies=["unix"])
+FastAPIAuth(environment="prod", exempt=["/healthz"])  # type: ignore[call-arg]  # the middleware's: a dependency is where it is
+FastAPIAuth(environment="prod", everywhere=False)  # type: ignore[call-arg]
+FastAPIAuth(environment="prod", preflight="pass")  # type: ignore[call-arg]

@@ -31,10 +31,20 @@ class GateOptions(TypedDict, total=False):
     trusted_proxies: Sequence[str]
 
 
-class MiddlewareOptions(GateOptions, Options, total=False):
-    """Everything a middleware takes besides the app, the environment, the store or the authenticator."""
+class CallerOptions(Options, total=False):
+    """How a guard finds out who calls: what every front takes besides environment, store and authenticator."""
 
+    required: bool
+    trusted_proxies: Sequence[str]
     throttle: Throttle | str | None
+
+
+class MiddlewareOptions(CallerOptions, total=False):
+    """The same, and which requests need a key: for what sees a request before any route does."""
+
+    exempt: Sequence[str] | None
+    everywhere: bool
+    preflight: Literal["refuse", "pass"]
 
 
 class WSGIOptions(MiddlewareOptions, total=False):
@@ -48,14 +58,20 @@ def split_options(options: MiddlewareOptions) -> tuple[GateOptions, Options, Thr
 
     Raises `ConfigurationError`, and `TypeError` for an option that there is not.
     """
-    for name in options.keys() - MiddlewareOptions.__annotations__.keys():
-        raise TypeError(f"there is no option {name!r}")
+    known_only(options, MiddlewareOptions)
     gate: Mapping[str, object] = {k: v for k, v in options.items() if k in GateOptions.__annotations__}
     rest: Mapping[str, object] = {k: v for k, v in options.items() if k not in gate and k != "throttle"}
     throttle = options.get("throttle")
     if isinstance(throttle, str):
         throttle = Throttle(throttle)
     return GateOptions(**gate), Options(**rest), throttle  # type: ignore[typeddict-item]  # parted by name just above
+
+
+def known_only(options: Mapping[str, object], front: type) -> None:
+    """Raise `TypeError` for an option that this front has not. One that it could not honour would be worse."""
+    for name in options:
+        if name not in front.__annotations__:
+            raise TypeError(f"there is no option {name!r}")
 
 
 def store_url() -> str:

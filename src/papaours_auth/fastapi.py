@@ -14,7 +14,7 @@ the identity that the middleware found.
 # No `from __future__ import annotations`: FastAPI before 0.116 cannot read such on a dependency that is an object.
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Unpack
 
 from fastapi import FastAPI, Security
 from fastapi.security import APIKeyHeader, HTTPBearer, SecurityScopes
@@ -23,10 +23,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ._asgi_answer import answer_to_somebody, note
 from ._asgi_guard import Guard
-from ._middleware import REFUSAL, vouched
+from ._middleware import REFUSAL, CallerOptions, known_only, vouched
+from .authenticator import AsyncAuthenticator
 from .exceptions import Refused
 from .model import Identity
 from .starlette import PapaoursAuthMiddleware, as_http, readiness, refuse, require
+from .stores import AsyncStore
+from .usage import Recorder
 
 __all__ = ["PapaoursAuth", "PapaoursAuthMiddleware", "readiness"]
 
@@ -51,8 +54,23 @@ _HEADER: Final = _Header(name="X-API-KEY", scheme_name="PapaoursApiKey", descrip
 class PapaoursAuth(Guard):
     """The dependency. Options: see `papaours_auth.asgi.Guard`; ``usage`` records where `install` was called.
 
-    With ``required=False`` it gives None to a request without a key, and should be annotated so.
+    With ``required=False`` it gives None to a request without a key, and should be annotated so. Which paths need a
+    key is told by where it stands, so ``exempt``, ``everywhere`` and ``preflight`` are the middleware's alone.
     """
+
+    def __init__(
+        self,
+        *,
+        environment: str | None = None,
+        store: str | AsyncStore | None = None,
+        authenticator: AsyncAuthenticator | None = None,
+        usage: Recorder | str | None = None,
+        **options: Unpack[CallerOptions],
+    ) -> None:
+        known_only(options, CallerOptions)
+        super().__init__(
+            environment=environment, store=store, authenticator=authenticator, usage=usage, **options
+        )
 
     async def __call__(
         self,
