@@ -205,6 +205,7 @@ ROWS = [
     anonymous("exempt folder", [], path="/public/a/b", options=EXEMPT),
     refused("pitfall 10: /healthz/ is not /healthz", [], 401, "missing_key", path="/healthz/", options=EXEMPT),
     refused("pitfall 10: /public is not in /public/*", [], 401, "missing_key", path="/public", options=EXEMPT),
+    refused("pitfall 35: /public/ may be /public to a router", [], 401, "missing_key", path="/public/", options=EXEMPT),
     refused("pitfall 10: /publicity", [], 401, "missing_key", path="/publicity", options=EXEMPT),
     refused("pitfall 10: a capital", [], 401, "missing_key", path="/Healthz", options=EXEMPT),
     refused("pitfall 10: /public/../x", [], 401, "missing_key", path="/public/../contracts", options=EXEMPT),

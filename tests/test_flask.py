@@ -393,3 +393,13 @@ def test_a_mounted_app_without_guard_takes_whom_the_guard_around_it_found(blocki
     client = app.test_client()
     assert client.get("/inner/", headers=KEY).text == "Service de facturation"
     assert client.get("/inner/", headers=BAD).get_json()["code"] == "malformed_key"
+
+
+def test_pitfall_35_a_router_that_ignores_a_trailing_slash_opens_nothing(blocking: Authenticator) -> None:
+    """An exempt folder let ``/public/`` through, and such a router takes it for ``/public``, which is guarded."""
+    app, _ = app_of(blocking, exempt=["/public/*"])
+    app.url_map.strict_slashes = False
+    app.add_url_rule("/public", view_func=lambda: "guarded")
+    app.add_url_rule("/public/<name>", "file", view_func=lambda name: "open")
+    client = app.test_client()
+    assert [client.get(path).status_code for path in ("/public", "/public/", "/public/a")] == [401, 401, 200]

@@ -152,6 +152,19 @@ def test_pitfall_10_what_something_behind_us_might_read_anew_needs_a_key(path: s
     assert not Gate(exempt=["/public/*"]).guards("/public/été.html")
 
 
+def test_pitfall_35_a_folder_without_more_is_not_in_it() -> None:
+    """Litestar, and Flask or Falcon where told to, take ``/public/`` for ``/public``: perhaps a guarded route."""
+    gate = Gate(exempt=["/public/*"])
+    assert [gate.guards(path) for path in ("/public", "/public/", "/public/a", "/public/a/")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert not Gate(exempt=["/public/*", "/public/"]).guards("/public/")
+    assert [Gate(exempt=["/*"]).guards(path) for path in ("", "/", "/a")] == [False, False, False]
+
+
 def test_an_answer_speaks_the_language_that_its_headers_name() -> None:
     for reason in Reason:
         english, french = (

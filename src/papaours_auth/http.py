@@ -261,8 +261,9 @@ def _plain(path: str) -> bool:
 
 
 class Paths:
-    """Some paths: exact ones, and whole folders written ``/public/*``.
+    """Some paths: exact ones, and what is in whole folders, written ``/public/*``.
 
+    ``/public/`` alone is not in it: routers that ignore a trailing slash take it for ``/public``.
     Raises `ConfigurationError` for a pattern that no path could ever match; ``option`` is named in it.
     """
 
@@ -277,9 +278,12 @@ class Paths:
                 )
             (self._exact if whole == pattern else folders).add(whole)
         self._folders = tuple(folders)
+        self._roots = folders - {"/"}
 
     def __contains__(self, path: object) -> bool:
-        return isinstance(path, str) and (path in self._exact or path.startswith(self._folders))
+        return isinstance(path, str) and (
+            path in self._exact or (path.startswith(self._folders) and path not in self._roots)
+        )
 
 
 _UNIX: Final = "unix"

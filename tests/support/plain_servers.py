@@ -24,14 +24,14 @@ class Quiet(WSGIRequestHandler):
         pass
 
 
-def main(server: str, app: str, port: str) -> None:
+def main(server: str, app: str, port: str, *more: str) -> None:
     module, _, name = app.partition(":")
     if server == "uwsgi":
         options = f"--http-socket=127.0.0.1:{port} --module={app} --enable-threads --need-app --die-on-term"
-        os.execv(UWSGI, ["uwsgi", *options.split()])
+        os.execv(UWSGI, ["uwsgi", *options.split(), *more])
     if server == "uwsgi-workers":
         options = f"--http-socket=127.0.0.1:{port} --module={app} --master --processes=2"
-        os.execv(UWSGI, ["uwsgi", *options.split()])
+        os.execv(UWSGI, ["uwsgi", *options.split(), *more])
     application = getattr(import_module(module), name)
     if server == "wsgiref":
         make_server("127.0.0.1", int(port), application, Threaded, Quiet).serve_forever()

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
@@ -54,6 +54,7 @@ COMMANDS: Mapping[str, Callable[[str, int], list[str]]] = {
     "daphne": lambda app, port: ["daphne", f"--port={port}", app],
     "waitress": lambda app, port: ["waitress", f"--listen=127.0.0.1:{port}", app],
     "granian-wsgi": lambda app, port: ["granian", app, "--interface=wsgi", f"--port={port}"],
+    "waitress-root": lambda app, port: ["waitress", f"--listen=127.0.0.1:{port}", "--url-prefix=/api", app],
     "wsgiref": lambda app, port: ["plain_servers", "wsgiref", app, str(port)],
     "werkzeug": lambda app, port: ["plain_servers", "werkzeug", app, str(port)],
     "uwsgi": lambda app, port: ["plain_servers", "uwsgi", app, str(port)],
@@ -85,8 +86,16 @@ class Server(NamedTuple):
 
 
 @contextmanager
-def serving(name: str, environ: Mapping[str, str], folder: Path, app: str | None = None) -> Iterator[Server]:
-    """Start a server, wait until it answers, and stop it."""
+def serving(
+    name: str,
+    environ: Mapping[str, str],
+    folder: Path,
+    app: str | None = None,
+    *,
+    options: Sequence[str] = (),
+    ready: str = "/healthz",
+) -> Iterator[Server]:
+    """Start a server with more ``options``, wait until it answers at ``ready``, and stop it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -94,7 +103,7 @@ def serving(name: str, environ: Mapping[str, str], folder: Path, app: str | None
     log = folder / f"{name}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            run.bound([sys.executable, "-m", *COMMANDS[name](app, port)]),
+            run.bound([sys.executable, "-m", *COMMANDS[name](app, port), *options]),
             env={**os.environ, **environ, "PYTHONPATH": os.pathsep.join(map(str, (EXAMPLES, APPS, folder)))},
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -102,7 +111,7 @@ def serving(name: str, environ: Mapping[str, str], folder: Path, app: str | None
         )
     server = Server(process, port, log)
     try:
-        wait_until(lambda: _answers(server), START_SECONDS, what=f"{name} to answer: {log}")
+        wait_until(lambda: _answers(server, ready), START_SECONDS, what=f"{name} to answer: {log}")
         yield server
     finally:
         stop(process, STOPS.get(name, signal.SIGTERM))
@@ -184,10 +193,10 @@ def wait_until(condition: Callable[[], bool], seconds: float, *, what: str | Cal
         time.sleep(0.01)
 
 
-def _answers(server: Server) -> bool:
+def _answers(server: Server, ready: str) -> bool:
     if server.process.poll() is not None:
         raise AssertionError(f"the server ended: {server.log.read_text()}")
     try:
-        return server.get({}, "/healthz")[0] == 200
+        return server.get({}, ready)[0] == 200
     except OSError:
         return False

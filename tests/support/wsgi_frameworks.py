@@ -200,5 +200,25 @@ APPS: dict[str, Callable[[], Any]] = {
     "django": django,
 }
 
-if "WSGI_FRAMEWORK" in os.environ:
-    app = PapaoursAuthMiddleware(APPS[os.environ["WSGI_FRAMEWORK"]](), environment="prod", exempt=EXEMPT)
+
+def every() -> Any:
+    """All of them, each behind a guard: the header ``X-Framework`` chooses one."""
+    from papaours_auth import Authenticator
+    from papaours_auth.flask import PapaoursAuth
+
+    authenticator = Authenticator(os.environ["PAPAOURS_STORE"], environment="prod")
+    guarded: dict[str, Any] = {
+        name: PapaoursAuthMiddleware(made(), authenticator=authenticator, exempt=EXEMPT)
+        for name, made in APPS.items()
+    }
+    guarded["flask extension"] = flask()
+    PapaoursAuth(guarded["flask extension"], authenticator=authenticator, exempt=EXEMPT)
+
+    def app(environ: Any, start_response: Any) -> Any:
+        return guarded[environ.get("HTTP_X_FRAMEWORK", "bare")](environ, start_response)
+
+    return app
+
+
+if "WSGI_FRAMEWORKS" in os.environ:
+    app = every()
