@@ -46,7 +46,7 @@ from papaours_auth.stores.redis import RedisStore
 from papaours_auth.stores.redis import open_store as open_redis
 from papaours_auth.stores.redis_layout import META, machine_partition
 from papaours_auth.stores.redis_place import Node, place_of
-from papaours_auth.stores.redis_router import Ask, Router, Unreachable
+from papaours_auth.stores.redis_router import Ask, Router, Stray, Unreachable
 from papaours_auth.stores.redis_wire import _async_exchanged, _exchanged, _Loop, connect, unreachable
 from papaours_auth.testing import StoreContract
 from papaours_auth.verify import Claim, partition, read
@@ -493,15 +493,32 @@ def test_an_app_starts_while_redis_is_down_and_recovers_by_itself(
         asyncio.run(twin.aclose())
 
 
+WORD = b"8 bytes!"
+ASKED = b"ask$8\r\n8 bytes!\r\n"
 REPLIES: list[tuple[bytes, bytes | None]] = [
-    (b"$3\r\nabc\r\n", b"abc"),
-    (b"$7\r\na\r\n$1\r\n\r\n", b"a\r\n$1\r\n"),
-    (b"$0\r\n\r\n", b""),
-    (b"$-1\r\n", None),
+    (b"$11\r\n8 bytes!abc\r\n", b"abc"),
+    (b"$15\r\n8 bytes!a\r\n$1\r\n\r\n", b"a\r\n$1\r\n"),
+    (b"$8\r\n8 bytes!\r\n", b""),
     (b"-NOSCRIPT No matching script.\r\n", None),
     (b"-MOVED 3999 127.0.0.1:6381\r\n", None),
-    (b":1\r\n", None),
 ]
+STRAYS = [
+    b"$11\r\n8 others!abc\r\n",
+    b"$11\r\nabc8 bytes!\r\n",
+    b"$3\r\nabc\r\n",
+    b"$0\r\n\r\n",
+    b"$-1\r\n",
+    b":1\r\n",
+    b"+OK\r\n",
+    b"*1\r\n$1\r\na\r\n",
+    b"$8\r\n8 bytes!\r\n$8\r\n8 others!\r\n",
+    b"-ERR\r\n:1\r\n",
+]
+
+
+@pytest.fixture
+def one_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("papaours_auth.stores.redis_wire.os.urandom", lambda _: WORD)
 
 
 class Pieces:
@@ -535,6 +552,7 @@ async def async_exchanged(link: Pieces) -> bytes | None:
     return await _async_exchanged(_Loop(1, 5.0), cast("Any", link), b"ask")
 
 
+@pytest.mark.usefixtures("one_word")
 @pytest.mark.parametrize(("reply", "wanted"), REPLIES)
 def test_a_lookups_reply_is_read_to_its_end_in_however_many_pieces(
     reply: bytes, wanted: bytes | None
@@ -546,11 +564,22 @@ def test_a_lookups_reply_is_read_to_its_end_in_however_many_pieces(
             assert asyncio.run(async_exchanged(twin)) == wanted
             assert (link.pieces, link.sent, link.open, twin.pieces, twin.sent) == (
                 [],
-                b"ask",
+                ASKED,
                 True,
                 [],
-                b"ask",
+                ASKED,
             )
+
+
+@pytest.mark.usefixtures("one_word")
+@pytest.mark.parametrize("reply", STRAYS)
+def test_pitfall_33_a_reply_that_does_not_bring_the_word_back_is_no_answer(reply: bytes) -> None:
+    link = Pieces(reply)
+    with pytest.raises(Stray):
+        _exchanged(cast("Any", link), b"ask")
+    assert not link.open
+    with pytest.raises(Stray):
+        asyncio.run(async_exchanged(Pieces(reply)))
 
 
 @pytest.mark.parametrize("pieces", [(), (b"$3\r\n",), (b"$3\r\nab",), (b"-ERR",)])

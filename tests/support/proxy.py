@@ -98,9 +98,12 @@ class Proxy:
             self._drop(source)
         elif self._mode == "pass" or (self._mode == "mute" and source not in self._servers):
             try:
-                self._peers[source].sendall(data)
+                self._pass_on(source, data)
             except OSError:
                 self._drop(source)
+
+    def _pass_on(self, source: socket.socket, data: bytes) -> None:
+        self._peers[source].sendall(data)
 
     def _drop(self, end: socket.socket) -> None:
         for each in (end, self._peers.get(end)):

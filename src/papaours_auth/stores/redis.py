@@ -55,7 +55,7 @@ from .redis_layout import (
 )
 from .redis_place import Place, place_of
 from .redis_questions import SCHEMA_VERSION, Questions
-from .redis_router import Command, Unreachable, Word, script
+from .redis_router import WORD, Command, Stray, Unreachable, Word, script
 from .redis_wire import AsyncWire, Wire
 
 logger = logging.getLogger("papaours_auth")
@@ -202,7 +202,8 @@ class RedisStore:
         names = [self._name(partition, "changes")]
         if partition == META:
             names.append(self._name(META, "mark"))
-        given = (secrets.token_hex(16), entry.text, installation, SCHEMA_VERSION)
+        minted_only = "m" if partition in KEYS else ""
+        given = (secrets.token_hex(16), entry.text, installation, SCHEMA_VERSION, minted_only)
         self._run(partition, ("EVALSHA", _CREATE, len(names), *names, *given), write=True)
         return self._mark()[b"installation"].decode() if partition == META else installation
 
@@ -352,7 +353,7 @@ class RedisStore:
             ("HINCRBY", "digested", first.pepper_id, 1),
         ]
         entry = _Entry(author, kind, key.id, {}, {"machine_id": key.machine_id, "name": key.name})
-        if not self._change(claim.partition, checks, writes, [entry]):
+        if not self._change(claim.partition, checks, writes, [entry], foreign=claim.foreign):
             raise Conflict("the store already has this key")
 
     def update_key(self, key_id: str, columns: KeyColumns, kind: str, author: Author) -> Key:
@@ -423,14 +424,20 @@ class RedisStore:
         return self._admin.drive(self._router.run(partition, *commands, write=write))
 
     def _change(
-        self, partition: int, checks: list[_Check], writes: list[_Write], entries: list[_Entry]
+        self,
+        partition: int,
+        checks: list[_Check],
+        writes: list[_Write],
+        entries: list[_Entry],
+        *,
+        foreign: bool = False,
     ) -> bool:
         """Make one change of a partition in one step. False where a check failed, and nothing was done."""
         names = dict.fromkeys(
             ["changes", *(check[0] for check in checks), *(str(write[1]) for write in writes)]
         )
         place = {name: number for number, name in enumerate(names, 1)}
-        words: list[Word] = [self._layout.channel, len(checks)]
+        words: list[Word] = [self._layout.channel, int(foreign), len(checks)]
         for structure, field, value in checks:
             words += [place[structure], field, int(value is not None), "" if value is None else value]
         words.append(len(writes))
@@ -440,14 +447,14 @@ class RedisStore:
         for entry in entries:
             words += [secrets.token_hex(16), entry.text]
         keys = [self._name(partition, name) for name in names]
-        return self._written(partition, ("EVALSHA", _WRITE, len(keys), *keys, *words))
+        return self._written(partition, ("EVALSHA", _WRITE, len(keys), *keys, *words, WORD))
 
     def _written(self, partition: int, command: Command) -> bool:
         wanted = self.place.wait_replicas
         waiting: list[Command] = [("WAIT", wanted, self.place.wait_timeout)] if wanted else []
         try:
-            done, *confirmed = self._run(partition, command, *waiting, write=True)
-        except Unreachable as error:
+            (done,), *confirmed = self._run(partition, command, *waiting, write=True)
+        except (Unreachable, Stray) as error:
             if not error.sent:
                 raise
             raise StoreUnavailable(

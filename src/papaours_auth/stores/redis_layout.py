@@ -116,17 +116,18 @@ def read_entry(entry: bytes) -> Logged:
     """Read an entry of a log. Raises `StoreUnavailable`."""
     try:
         seq, nonce, committed, cells = entry.split(b" ", 3)
-        return Logged(epoch_of(seq + b" " + nonce), int(committed), unpack(cells))
+        return Logged(epoch_of(seq + b" " + nonce), int(committed.removesuffix(b"m")), unpack(cells))
     except ValueError as error:
         raise lost() from error
 
 
-def news_of(tip: bytes, entries: list[bytes] | None = None) -> News:
+def news_of(partition: int, tip: bytes, minted_only: bytes = b"", entries: list[bytes] | None = None) -> News:
     """Read what the script of the feed says of one log."""
+    told = (partition,) if minted_only else ()  # those of keys are numbered as `Claim.partition` is
     if entries is None:
-        return News(epoch_of(tip), None)
+        return News(epoch_of(tip), None, minted_only=told)
     changes = [read_entry(entry).cells for entry in entries]
-    return News(epoch_of(tip), [(cells[2], cells[3]) for cells in changes])
+    return News(epoch_of(tip), [(cells[2], cells[3]) for cells in changes], minted_only=told)
 
 
 def read_peppers(flat: Sequence[bytes]) -> list[PepperRecord]:

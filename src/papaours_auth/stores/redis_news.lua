@@ -1,16 +1,18 @@
 -- The tips of some logs, and what each holds after a tip that is known. Nothing is written.
--- KEYS: changes of each partition, and where theirs is among them, peppers.
--- ARGV: how many entries at most, and a known tip for each ("" for none).
--- Gives for each log {tip, entries}; entries is nil where the known tip is not in it, the whole is nil where it is lost.
--- After those, the peppers.
-local news = {}
-for place = 1, #ARGV - 1 do
+-- KEYS: changes of each partition, and where the store's own is among them, mark and peppers.
+-- ARGV: how many entries at most, a known tip for each log ("" for none), the question's word.
+-- Gives the word, then for each log {tip, minted only, entries}; entries is nil where the known tip is not in it, the whole
+-- is nil where it is lost; minted only is "m" until a foreign key is added. After those, the installation and the peppers.
+local logs = #ARGV - 2
+local news = {ARGV[#ARGV]}
+for place = 1, logs do
   local log = KEYS[place]
   local known, length, since = ARGV[place + 1], redis.call('LLEN', log), false
   if length == 0 then
-    news[place] = false
+    news[place + 1] = false
   else
-    local tip = string.match(redis.call('LINDEX', log, -1), '^%d+ %x+')
+    local last = redis.call('LINDEX', log, -1)
+    local tip = string.match(last, '^%d+ %x+')
     local seq = tonumber(string.match(known, '^%d+'))
     if known == tip then
       since = {}
@@ -22,10 +24,11 @@ for place = 1, #ARGV - 1 do
         since = entries
       end
     end
-    news[place] = {tip, since}
+    news[place + 1] = {tip, string.match(last, '^%d+ %x+ %d+(m?)') or '', since}
   end
 end
-if #KEYS == #ARGV then
-  news[#ARGV] = redis.call('HGETALL', KEYS[#ARGV])
+if #KEYS > logs then
+  news[logs + 2] = redis.call('HGET', KEYS[logs + 1], 'installation')
+  news[logs + 3] = redis.call('HGETALL', KEYS[logs + 2])
 end
 return news

@@ -30,7 +30,7 @@ from .redis_layout import (
     tip_of,
 )
 from .redis_place import Node, Place
-from .redis_router import Command, Refusal, Router, Steps, Unreachable, script
+from .redis_router import WORD, Command, Refusal, Router, Steps, Unreachable, script
 
 logger = logging.getLogger("papaours_auth")
 
@@ -38,6 +38,8 @@ SCHEMA_VERSION: Final = 1
 
 LOG_READ: Final = 10_000
 """Changes a watcher reads at once: further behind, it drops its whole cache."""
+
+_DIGEST: Final = 32  # bytes
 
 _LOOKUP, _MACHINE, _NEWS = map(script, ("lookup", "machine", "news"))
 
@@ -56,16 +58,14 @@ class Questions:
         """Find a claim's record: in one round trip, or in two on Cluster."""
         digests = [candidate.digest for candidate in claim.candidates]
         command, _ = self._lookup_command(claim.partition, len(digests))
-        (reply,) = yield from self.router.run(claim.partition, (*command, *digests))
-        if reply is None:
-            raise lost()
+        (reply,) = yield from self.router.run(claim.partition, (*command, *digests, WORD))
         tip, *found = _lines(reply, 6 if self.router.single else 4)
         if found and not self.router.single:
-            found += yield from self._machine(int(found[2]), found[3])
+            found[3:3] = yield from self._machine(int(found[1]), found[2])
         return _found(claim, tip, found)
 
     def packed_lookup(self, claim: Claim) -> bytes:
-        """Give the lookup as it is sent: redis-py packs a word in half a µs."""
+        """Give the lookup as it is sent, but for its word: redis-py packs a word in half a µs."""
         _, start = self._lookup_command(claim.partition, len(claim.candidates))
         return start + b"".join([b"$32\r\n%b\r\n" % candidate.digest for candidate in claim.candidates])
 
@@ -75,15 +75,22 @@ class Questions:
         return _found(claim, tip, found)
 
     def _lookup_command(self, partition: int, digests: int) -> tuple[Command, bytes]:
-        """Give a lookup but for its digests, as words and as they are sent."""
+        """Give a lookup but for its digests and its word, as words and as they are sent."""
         made = self._lookups.get((partition, digests))
         if made is not None:
             return made
-        names = [self.layout.name(partition, structure) for structure in ("digests", "keys", "changes")]
-        command: Command = ("EVALSHA", _LOOKUP, 3, *names, self.layout.start if self.router.single else "")
+        structures = ("digests", "keys", "changes", "digest-of")
+        names = [self.layout.name(partition, structure) for structure in structures]
+        command: Command = (
+            "EVALSHA",
+            _LOOKUP,
+            len(names),
+            *names,
+            self.layout.start if self.router.single else "",
+        )
         words = [str(word).encode() for word in command]
         start = [
-            b"*%d\r\n" % (len(words) + digests),
+            b"*%d\r\n" % (len(words) + digests + 1),
             *[b"$%d\r\n%b\r\n" % (len(word), word) for word in words],
         ]
         self._lookups[partition, digests] = command, b"".join(start)
@@ -91,7 +98,7 @@ class Questions:
 
     def _machine(self, partition: int, machine_id: bytes) -> Steps[Sequence[bytes | None]]:
         names = [self.layout.name(partition, structure) for structure in ("machines", "changes")]
-        (reply,) = yield from self.router.run(partition, ("EVALSHA", _MACHINE, 2, *names, machine_id))
+        (reply,) = yield from self.router.run(partition, ("EVALSHA", _MACHINE, 2, *names, machine_id, WORD))
         return cast("Sequence[bytes | None]", reply)
 
     def describe(self) -> Steps[Description]:
@@ -171,20 +178,16 @@ class Questions:
         """
         groups = [list(partitions)] if self.router.single else [[partition] for partition in partitions]
         commands = [self._news_command(group, known) for group in groups]
-        asked = [group[0] for group in groups]
-        if META in partitions:
-            commands.append(("HGET", self.layout.name(META, "mark"), "installation"))
-            asked.append(META)
-        replies = yield from self.router.ask(node, asked, commands)
+        replies = yield from self.router.ask(node, [group[0] for group in groups], commands)
         peppers: list[PepperRecord] | None = None
         if META in partitions:
-            mark = replies.pop()
+            *replies[-1], mark, packed = replies[-1]
             if mark is None:
                 raise lost()
             self.installation = mark.decode()
-            peppers = read_peppers(replies[-1].pop())
+            peppers = read_peppers(packed)
         found = zip(partitions, (item for reply in replies for item in reply), strict=True)
-        news = {partition: news_of(*item) for partition, item in found if item}  # none: no tip
+        news = {partition: news_of(partition, *item) for partition, item in found if item}  # none: no tip
         if META in news:
             news[META] = news[META]._replace(peppers=peppers)
         return news
@@ -193,14 +196,18 @@ class Questions:
         tips = [tip_of(known[partition]) if partition in known else "" for partition in partitions]
         names = [self.layout.name(partition, "changes") for partition in partitions]
         if META in partitions:
-            names.append(self.layout.name(META, "peppers"))
-        return ("EVALSHA", _NEWS, len(names), *names, LOG_READ, *tips)
+            names += [self.layout.name(META, structure) for structure in ("mark", "peppers")]
+        return ("EVALSHA", _NEWS, len(names), *names, LOG_READ, *tips, WORD)
 
 
 def _lines(reply: bytes, wanted: int) -> list[Any]:  # Any: a reply
-    """Part a lookup's reply: the tip, and so many lines more where anything was found."""
-    lines = reply.split(b"\n")
-    if len(lines) not in (1, 1 + wanted):
+    """Part a lookup's reply: the tip, and so many lines more where anything was found, the digest last."""
+    if not reply:
+        raise lost()
+    lines = reply.split(b"\n", wanted)  # a digest may hold line breaks
+    if len(lines) == 1:
+        return lines
+    if len(lines) != 1 + wanted or len(lines[-1]) not in (0, _DIGEST):
         raise UnreadableRecord("a record of the Redis store cannot be read: it holds a line break")
     return lines
 
@@ -210,11 +217,10 @@ def _found(claim: Claim, tip: bytes, found: Sequence[bytes | None]) -> Found:
     epochs = {claim.partition: epoch_of(tip)}
     if not found:
         return Found(None, epochs)
-    place, key, at, _, machines_tip, machine = found
-    if place is None or at is None or not machines_tip or not key:
+    key, at, _, machines_tip, machine, digest = found
+    if at is None or not machines_tip or not key or not digest:
         raise lost()
     epochs[int(at)] = epoch_of(machines_tip)
     if not machine:  # deleted; its keys are on their way
         return Found(None, epochs)
-    digest = claim.candidates[int(place)].digest
     return Found(Record(read_packed_key(key), read_packed_machine(machine), digest), epochs)

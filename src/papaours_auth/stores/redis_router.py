@@ -24,6 +24,11 @@ Word: TypeAlias = str | bytes | int
 
 Command: TypeAlias = tuple[Word, ...]
 
+WORD: Final = b"word"
+"""Stands last in a command whose script gives it back, first of its reply. A random word is sent in its place, and
+taken out of the reply before steps see that. Commands without it are followed by a PING that brings one back.
+"""
+
 _REDIRECTIONS: Final = 4
 
 _SLOTS: Final = 16384
@@ -41,6 +46,12 @@ class Unreachable(StoreUnavailable):
     """A node did not answer. ``sent`` tells that a write may have been made all the same."""
 
     sent = False
+
+
+class Stray(StoreUnavailable):
+    """A reply to another question. What else its connection has in store belongs to somebody else too."""
+
+    sent = True  # see Unreachable
 
 
 class Refusal(StoreUnavailable):

@@ -7,9 +7,10 @@ and take longer than our script.
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 import threading
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import suppress
 from queue import Empty
 from socket import socket
@@ -28,7 +29,7 @@ from .._locks import Room
 from .._patience import Bound, Patience
 from ..exceptions import Overloaded, StoreUnavailable
 from .redis_place import Node, Place
-from .redis_router import Ask, Command, Router, Steps, Unreachable
+from .redis_router import WORD, Ask, Command, Router, Steps, Stray, Unreachable, refused
 
 _T = TypeVar("_T")
 _CHUNK: Final = 65536
@@ -100,23 +101,69 @@ def converse(link: Link, commands: Iterable[Command]) -> list[Any]:
     return replies
 
 
+# Each question bears a random word, and no reply is believed that does not bring it back: a process that was forked
+# may share the connection, or a proxy mix replies up.
+
+_WORD_LENGTH: Final = 8
+
+
+def _bearing(commands: Sequence[Command], word: bytes) -> list[Command]:
+    """Put the word into the commands that give it back, or else a command behind them that does."""
+    given = [(*command[:-1], word) if command[-1] is WORD else command for command in commands]
+    return given if any(command[-1] is WORD for command in commands) else [*given, ("PING", word)]
+
+
+def _checked(commands: Sequence[Command], replies: list[Any], word: bytes) -> list[Any]:
+    """Take the word out of the replies. Raises `Stray` where it is another; an error bears none, and is no answer."""
+    if len(replies) > len(commands):
+        last = replies.pop()
+        if isinstance(last, ResponseError):
+            if not any(isinstance(reply, ResponseError) for reply in replies):
+                raise refused(last)
+        elif last != word:
+            raise _stray()
+    return [
+        reply if command[-1] is not WORD or isinstance(reply, ResponseError) else _without(word, reply)
+        for command, reply in zip(commands, replies, strict=True)
+    ]
+
+
+def _without(word: bytes, reply: Any) -> Any:  # Any: a list, or a string
+    if isinstance(reply, list) and reply[:1] == [word]:
+        return reply[1:]
+    if isinstance(reply, bytes) and reply[:_WORD_LENGTH] == word:
+        return reply[_WORD_LENGTH:]
+    raise _stray()
+
+
+def _stray() -> Stray:
+    return Stray(
+        "Redis gave the answer to another question, so its connections are closed: does anything share them, a "
+        "process that was forked or a proxy?"
+    )
+
+
 # The short way: one command and its reply, a string, past redis-py, whose own takes 12 µs more (of 33).
 
 
 def _exchanged(link: Link, packed: bytes) -> bytes | None:
-    """Send a command and read its reply from the connection's own socket. None for any reply but a string."""
+    """Send a command, all but its last word, which is `WORD`, and read its reply from the connection's own socket.
+
+    None for an error: then ask by steps. Raises `Stray` for any other reply but a string that begins with the word.
+    """
     sock: socket | None = getattr(link, "_sock", None)  # there is no public way to it
     if sock is None:
         return None
+    word = os.urandom(_WORD_LENGTH)
     try:
-        sock.sendall(packed)
+        sock.sendall(b"%b$8\r\n%b\r\n" % (packed, word))
         data = _more(sock.recv(_CHUNK))
         while (found := _string_in(data)) is _PART:
             data += _more(sock.recv(_CHUNK))
+        return None if found is None else _without(word, found)
     except BaseException:
-        link.disconnect()  # half a reply may be in it
+        link.disconnect()  # half a reply may be in it, or another's
         raise
-    return found
 
 
 def _more(data: bytes) -> bytes:
@@ -129,16 +176,21 @@ _PART: Final = b"a part of a reply"  # told from a string by its identity
 
 
 def _string_in(data: bytes) -> bytes | None:
-    """Give the string that a reply is, None where it is another one, `_PART` where more of it is to come.
+    """Give the string that a reply is, None where it is an error, `_PART` where more of it is to come.
 
-    A string's length is told first (RESP 2); any other reply is one line.
+    A string's length is told first (RESP 2); an error is one line. Raises `Stray` for what is neither, or for more.
     """
-    head, _, rest = data.partition(b"\r\n")
-    if not data.endswith(b"\r\n"):
+    head, ended, rest = data.partition(b"\r\n")
+    if not ended and head[:1] in b"$-":
         return _PART
-    if not head.startswith(b"$") or not head[1:].isdigit():  # $-1 is no string
+    if head.startswith(b"-") and not rest:
         return None
-    return rest[:-2] if len(rest) == int(head[1:]) + 2 else _PART
+    if not head.startswith(b"$") or not head[1:].isdigit():
+        raise _stray()
+    left = int(head[1:]) + 2 - len(rest)
+    if left < 0:
+        raise _stray()
+    return rest[:-2] if left == 0 else _PART
 
 
 def hear(link: Link) -> bool | None:
@@ -189,7 +241,7 @@ class Wire:
     def exchange(self, node: Node, packed: bytes) -> bytes | None:
         """Have a command answered by a string, the short way; None where that cannot be: then ask by steps.
 
-        Raises `Unreachable` where the node does not answer in time.
+        ``packed`` lacks its last word, `WORD`. Raises `Unreachable` where the node does not answer in time; `Stray`.
         """
         if not in_own_process():
             notice_fork()
@@ -210,6 +262,9 @@ class Wire:
         except (RedisError, OSError):  # it lay idle while the server was restarted: the others did too
             self.discard(node)
             return None
+        except Stray:  # what was forked with one connection has them all
+            self.discard(node)
+            raise
         finally:
             room.put(None)
         self._give(node, link)
@@ -230,7 +285,8 @@ class Wire:
                     self._prune()
                     link = connect(self._place, ask.node, self._timeout)
                 try:
-                    replies = converse(link, ask.commands)
+                    word = os.urandom(_WORD_LENGTH)
+                    replies = converse(link, _bearing(ask.commands, word))
                 except (RedisError, OSError) as error:
                     link.disconnect()
                     # One that lay idle while the server was restarted says nothing about the server.
@@ -238,6 +294,12 @@ class Wire:
                         raise unreachable(ask.node, error, sent=True) from error
                     self.discard(ask.node)
                     continue
+                try:
+                    replies = _checked(ask.commands, replies, word)
+                except StoreUnavailable:
+                    link.disconnect()
+                    self.discard(ask.node)
+                    raise
                 self._give(ask.node, link)
                 return replies
         finally:
@@ -386,6 +448,9 @@ class AsyncWire:
         except (RedisError, OSError):
             await mine.discard(node)
             return None
+        except Stray:
+            await mine.discard(node)
+            raise
         finally:
             mine.room.release()
             if not (done and self._kept(mine, node, link)):
@@ -426,8 +491,13 @@ class AsyncWire:
                     for other in [other for other in list(mine.idle) if not self._router.knows(other)]:
                         await mine.discard(other)
                     await link.connect()
-                replies = await _converse(link, ask.commands)
+                word = os.urandom(_WORD_LENGTH)
+                replies = await _converse(link, _bearing(ask.commands, word))
+                replies = _checked(ask.commands, replies, word)
                 done = True
+            except Stray:
+                await mine.discard(ask.node)
+                raise
             except (RedisError, OSError) as error:
                 if isinstance(error, TimeoutError) or fresh:
                     raise unreachable(
@@ -514,12 +584,15 @@ async def _async_exchanged(mine: _Loop, link: _AsyncLink, packed: bytes) -> byte
     writer: asyncio.StreamWriter | None = getattr(link, "_writer", None)
     if reader is None or writer is None:
         return None
+    word = os.urandom(_WORD_LENGTH)
     with mine.patience.bound():
-        writer.write(packed)  # no drain: some 300 bytes, and the reply is waited for
+        writer.write(
+            b"%b$8\r\n%b\r\n" % (packed, word)
+        )  # no drain: some 300 bytes, and the reply is waited for
         data = _more(await reader.read(_CHUNK))
         while (found := _string_in(data)) is _PART:
             data += _more(await reader.read(_CHUNK))
-    return found
+    return None if found is None else _without(word, found)
 
 
 async def _hang_up(link: _AsyncLink) -> None:
