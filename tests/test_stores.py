@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from papaours_auth import ConfigurationError, open_async_store, open_store
-from papaours_auth.stores import AsyncStore, Store
+from papaours_auth.digest import Candidate
+from papaours_auth.model import Record
+from papaours_auth.stores import AsyncStore, Epoch, Found, Reading, Store
 from papaours_auth.stores.memory import AsyncMemoryStore, MemoryStore
 from papaours_auth.testing import StoreContract
+from papaours_auth.verify import PARTITIONS, Claim
 
 
 class TestMemory(StoreContract):
@@ -90,3 +94,70 @@ def test_the_contract_finds_a_store_that_breaks_it() -> None:
 
     with pytest.raises(AssertionError, match="StoreUnavailable was not raised"):
         Contract().test_a_closed_store_is_unavailable()
+
+
+def echoing(claim: Claim, record: Record | None) -> Record | None:
+    """A record with the digest that was asked for: right, as long as nothing goes wrong."""
+    asked = [candidate.digest for candidate in claim.candidates]
+    return record and replace(record, digest=asked[asked.index(record.digest)])
+
+
+def test_pitfall_33_the_contract_finds_a_store_that_echoes_the_questions_digest() -> None:
+    class Echo(MemoryStore):
+        def lookup(self, claim: Claim) -> Found:
+            found = super().lookup(claim)
+            return found._replace(record=echoing(claim, found.record))
+
+    class Loose(MemoryStore):
+        """Compares as a collation that ignores case does, and gives a copy of what was asked for."""
+
+        def lookup(self, claim: Claim) -> Found:
+            for candidate in claim.candidates:
+                for kept in list(self._digests):
+                    if kept.lower() == candidate.digest.lower():
+                        found = super().lookup(claim._replace(candidates=(Candidate("p1", kept),)))
+                        copy = bytes(bytearray(candidate.digest))
+                        return found._replace(record=found.record and replace(found.record, digest=copy))
+            return super().lookup(claim)
+
+    class AsyncEcho(AsyncMemoryStore):
+        async def lookup(self, claim: Claim) -> Found:
+            found = await super().lookup(claim)
+            return found._replace(record=echoing(claim, found.record))
+
+    class Contract(StoreContract):
+        def __init__(self, store: MemoryStore, twin: AsyncMemoryStore | None = None) -> None:
+            self.open = lambda: store  # type: ignore[method-assign]  # a store each
+            self.open_async = lambda: twin  # type: ignore[method-assign]  # likewise
+
+    Contract(MemoryStore()).test_the_digest_of_a_record_is_the_one_that_the_store_keeps()
+    real = MemoryStore()
+    for contract in (Contract(Echo()), Contract(Loose()), Contract(real, AsyncEcho(real))):
+        with pytest.raises(AssertionError, match="taken from the question"):
+            contract.test_the_digest_of_a_record_is_the_one_that_the_store_keeps()
+
+
+def test_the_contract_finds_a_store_that_forgets_to_tell_of_a_foreign_key() -> None:
+    class Forgetful(MemoryStore):
+        def read_log(self, known: Epoch | None) -> Reading:
+            reading = super().read_log(known)
+            return reading._replace(news={0: reading.news[0]._replace(minted_only=range(PARTITIONS))})
+
+    class Untold(MemoryStore):
+        def read_log(self, known: Epoch | None) -> Reading:
+            reading = super().read_log(known)
+            return reading._replace(news={0: reading.news[0]._replace(minted_only=())})
+
+    class Contract(StoreContract):
+        def open(self) -> Store:
+            return Forgetful()
+
+    class Lazy(StoreContract):
+        tells_minted_only = False
+
+        def open(self) -> Store:
+            return Untold()
+
+    with pytest.raises(AssertionError, match="the foreign key is not told"):
+        Contract().test_readings_tell_that_no_foreign_key_was_added_until_one_is()
+    Lazy().test_readings_tell_that_no_foreign_key_was_added_until_one_is()

@@ -95,7 +95,13 @@ def _raises(error: type[Exception]) -> Iterator[None]:
 
 
 class StoreContract:
-    """What every store promises. Subclass it, and give `open`; `open_async` where there is an async store."""
+    """What every store promises. Subclass it, and give `open`; `open_async` where there is an async store.
+
+    ``tells_minted_only``: set it to False for a store that never tells `News.minted_only`. Its verifiers then look up
+    every foreign key.
+    """
+
+    tells_minted_only = True
 
     def open(self) -> Store:
         """Give a new and empty store."""
@@ -115,6 +121,44 @@ class StoreContract:
             _equal(store.lookup(_claim(1)).record, wanted)
             later = _claim(1)._replace(candidates=(Candidate("p2", b"?" * 32), stored))
             _equal(store.lookup(later).record, wanted)
+
+    def test_the_digest_of_a_record_is_the_one_that_the_store_keeps(self) -> None:
+        """Never one of the question's: verifiers compare the two, and a digest compared with itself is always equal.
+
+        Where the store compares loosely it is another digest, else it is the same one in another place in memory.
+        """
+        loose = b"The digest of a key, of 32 bytes"
+        with self._filled() as store:
+            only = _claim(2)._replace(candidates=(Candidate("p1", loose),))
+            store.add_key(_key(2), only, "key.created", _AUTHOR)
+            for variant in (
+                loose.lower(),
+                loose.swapcase(),
+                loose[:-1] + b"\0",
+                loose[:-1] + b" ",
+                loose[:-1],
+            ):
+                found = store.lookup(self._claim_of(variant.ljust(32))).record
+                _check(found is None or found.digest == loose, "the digest was taken from the question")
+            twin, asked = self.open_async(), self._claim_of(bytes(bytearray(loose)))
+            records = [store.lookup(asked).record]
+            if twin is not None:
+                records.append(asyncio.run(self._look_up_and_close(twin, asked)))
+            for record in records:
+                _equal(record, Record(_key(2), _machine(), loose))
+                echoed = record is not None and record.digest is asked.candidates[-1].digest
+                _check(not echoed, "the digest was taken from the question")
+
+    @staticmethod
+    def _claim_of(digest: bytes) -> Claim:
+        return _claim(2)._replace(candidates=(Candidate("p1", b"?" * 32), Candidate("p1", digest)))
+
+    @staticmethod
+    async def _look_up_and_close(store: AsyncStore, claim: Claim) -> Record | None:
+        try:
+            return (await store.lookup(claim)).record
+        finally:
+            await store.aclose()
 
     def test_what_is_not_there_is_not_found(self) -> None:
         """Unknown is an answer, not an error."""
@@ -206,6 +250,37 @@ class StoreContract:
                 for other in (Epoch(news.epoch.seq, b"?" * 16), Epoch(news.epoch.seq + 7, news.epoch.nonce)):
                     _equal(feed.read({partition: other}).news[partition].changes, None)
             feed.close()
+
+    def test_readings_tell_that_no_foreign_key_was_added_until_one_is(self) -> None:
+        """The first one ends it for its partition: with its change, and for good."""
+        with self._opened() as store:
+            store.add_pepper(PepperRecord("p1", b"1" * 32, "primary"), _AUTHOR)
+            store.add_machine(_machine(), _AUTHOR)
+            store.add_key(_key(), _claim(1)._replace(foreign=False), "key.created", _AUTHOR)
+            feed, foreign = store.feed(), _claim(2)
+            before = feed.read({}).news
+            tellers = [p for p, news in before.items() if foreign.partition in news.minted_only]
+            told = sorted(value for news in before.values() for value in news.minted_only)
+            _equal(told, list(range(PARTITIONS)) if self.tells_minted_only else [])
+            store.add_key(_key(2), foreign, "key.imported", _AUTHOR)
+            for known in ({p: news.epoch for p, news in before.items()}, {}):
+                after = feed.read(known).news
+                _check(not self._tells(after, foreign), "the foreign key is not told")
+                _check(all(after[p].epoch != before[p].epoch for p in tellers), "it moved no epoch")
+            store.update_key("key_2", {"status": "inactive"}, "key.disabled", _AUTHOR)
+            store.add_key(
+                _key(3),
+                _claim(3)._replace(foreign=False, partition=foreign.partition),
+                "key.created",
+                _AUTHOR,
+            )
+            store.delete_machine("machine_1", _AUTHOR)
+            _check(not self._tells(feed.read({}).news, foreign), "it was forgotten")
+            feed.close()
+
+    @staticmethod
+    def _tells(news: Mapping[int, News], claim: Claim) -> bool:
+        return any(claim.partition in partition.minted_only for partition in news.values())
 
     def test_readings_tell_the_peppers(self) -> None:
         """All of them, whether or not anything changed, in the news of the one log that tells of their changes."""
