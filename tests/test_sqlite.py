@@ -178,7 +178,7 @@ def test_pitfall_21_callers_who_leave_a_slow_store_do_not_pile_up_in_its_queue(
         with pytest.raises(StoreUnavailable, match="slower than the calls come in"):
             await twin.lookup(claim)
         gate.set()
-        while twin._waiting:  # type: ignore[attr-defined]  # an AsyncSQLiteStore
+        while twin._threads._asked:  # type: ignore[attr-defined]  # an AsyncSQLiteStore
             await asyncio.to_thread(time.sleep, 0.001)
         assert (await twin.lookup(claim)).record is not None
         await twin.aclose()

@@ -8,18 +8,25 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+from sqlalchemy import NullPool, create_engine
+from sqlalchemy.ext.asyncio import create_async_engine
 
-from papaours_auth import Reason, Refused
+from papaours_auth import AsyncAuthenticator, Keys, PepperRing, Reason, Refused, open_async_store
 from papaours_auth._threads import Threads
+from papaours_auth.stores import AsyncStore
+from papaours_auth.stores.sql import AsyncSQLStore
 from papaours_auth.throttle import Throttle
 from support.alone import run_alone
 from support.redis_servers import NEWEST, RedisServer, redis_server
 from support.servers import wait_until
 from support.slow import far_away
+from support.sql_servers import SQLServer
 
 NAME = "of a test"
+SEED = "pk_prod_abc123def456ghi789"
 
 
 def running() -> int:
@@ -68,6 +75,58 @@ def test_failures_over_the_bound_pass_uncounted_and_are_not_queued(redis: RedisS
     with far_away(redis.port, 0.05) as port:
         asyncio.run(run())
     assert len(redis.say("KEYS", "bound:throttle:*")) == 8
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite", "postgresql", "redis", "tables are missing"])
+def test_pitfall_38_no_call_waits_for_the_apps_threads(
+    kind: str, redis: RedisServer, ring: PepperRing, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The loop's executor is full of the app's own work: first calls, unknown keys and outages are answered."""
+    url = {
+        "memory": "memory://",
+        "redis": f"redis://{redis.address}/0?prefix=own",
+    }.get(kind, f"sqlite:///{tmp_path}/keys.db")
+    if kind == "postgresql":
+        server: SQLServer = request.getfixturevalue("postgresql_server")
+        url = server.url(server.database())
+    store = missing_tables(tmp_path) if kind == "tables are missing" else open_async_store(url, create=True)
+    key = ""
+    if kind != "tables are missing":
+        keys = Keys(store.sync, peppers=ring)
+        machine = keys.create_machine("Service de facturation", organisation="cfa-lyon")
+        key = keys.create_key(machine.id, name="Production", environment="prod").secret.reveal()
+
+    async def run() -> None:
+        executor = ThreadPoolExecutor(1)
+        asyncio.get_running_loop().set_default_executor(executor)
+        go = threading.Event()
+        executor.submit(go.wait, 60)
+        authenticator = AsyncAuthenticator(store, environment="prod", peppers=ring, timeout=20.0)
+        try:
+            async with asyncio.timeout(10):  # a call that waits for the executor waits for 20 s
+                if kind == "tables are missing":
+                    with pytest.raises(Refused, match="store_unavailable"):
+                        await authenticator.authenticate(SEED)
+                else:
+                    answers = [authenticator.authenticate(key) for _ in range(20)]
+                    assert {identity.key.name for identity in await asyncio.gather(*answers)} == {
+                        "Production"
+                    }
+                    with pytest.raises(Refused):
+                        await authenticator.authenticate(SEED)
+        finally:
+            go.set()
+            await authenticator.aclose()
+            await store.aclose()
+
+    asyncio.run(run())
+
+
+def missing_tables(folder: Path) -> AsyncStore:
+    return AsyncSQLStore(
+        create_async_engine(f"sqlite+aiosqlite:///{folder}/none.db", poolclass=NullPool),
+        create_engine(f"sqlite:///{folder}/none.db", poolclass=NullPool),
+    )
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
 
 from sqlalchemy import (
@@ -37,6 +38,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from .._fork import hold_across_fork, notice_fork
 from .._locks import WaitingLock
 from .._patience import Patiences
+from .._threads import Threads
 from ..digest import PepperStatus
 from ..exceptions import ConfigurationError, Conflict, NotFound, Overloaded, StoreUnavailable
 from ..model import Key, Machine
@@ -513,6 +515,7 @@ class AsyncSQLStore:
         self._engine = engine
         self._sync = sync if isinstance(sync, SQLStore) else SQLStore(sync, prefix=prefix, schema=schema)
         self._patience = Patiences(3 * timeout)
+        self._judges = Threads(1, name="papaours-sql")
         self._statements = Statements(self._sync.tables)
         self._closed = False
 
@@ -546,16 +549,16 @@ class AsyncSQLStore:
         except SQLAlchemyError as error:
             if not died_idle(error, begin):
                 # Tables that were seen are not looked for: an outage takes none of the app's threads.
-                judged = (
-                    self._sync.judged(error)
-                    if self._sync.seen
-                    else await asyncio.to_thread(self._sync.judged, error)
-                )
+                judged = self._sync.judged(error) if self._sync.seen else await self._judged(error)
                 if isinstance(judged, StoreUnavailable):
                     judged.own_timer = _timed_out(error)
                 raise judged from None
         with _outages():
             return await self._ask(statement, values)
+
+    async def _judged(self, error: SQLAlchemyError) -> StoreUnavailable | ConfigurationError:
+        asked = self._judges.ask(partial(self._sync.judged, error))
+        return _unavailable(error) if asked is None else await asyncio.wrap_future(asked)
 
     async def _ask(self, statement: Select[Any], values: Mapping[str, Any]) -> Sequence[Row]:
         notice_fork()

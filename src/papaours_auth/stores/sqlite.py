@@ -14,13 +14,13 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeAlias, TypeVar, cast
 from urllib.parse import quote, unquote_to_bytes
 
 from .._fork import hold_across_fork, in_own_process, notice_fork
+from .._threads import Threads
 from ..digest import PepperStatus
 from ..exceptions import ConfigurationError, Conflict, NotFound, Overloaded, StoreUnavailable
 from ..model import Key, Machine, Record
@@ -340,9 +340,7 @@ class AsyncSQLiteStore:
 
     def __init__(self, sync: SQLiteStore) -> None:
         self._sync = sync
-        self._executor: ThreadPoolExecutor | None = None
-        self._waiting: set[Future[Any]] = set()  # Any: of whatever is asked
-        hold_across_fork(self)
+        self._threads = Threads(LOOKUP_THREADS, name="papaours-sqlite", waiting=MOST_WAITING - LOOKUP_THREADS)
 
     @property
     def sync(self) -> SQLiteStore:
@@ -359,31 +357,14 @@ class AsyncSQLiteStore:
 
     async def aclose(self) -> None:
         """See `AsyncStore.aclose`."""
-        executor, self._executor = self._executor, None
-        if executor is not None:
-            await asyncio.to_thread(executor.shutdown)
         self._sync.close()
 
     async def _run(self, call: Callable[[], _T]) -> _T:
-        notice_fork()
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="papaours-sqlite")
-        if len(self._waiting) >= MOST_WAITING:
+        asked = self._threads.ask(call)
+        if asked is None:
             raise Overloaded("the SQLite store is slower than the calls come in")
-        asked = self._executor.submit(call)
-        self._waiting.add(asked)
-        asked.add_done_callback(self._waiting.discard)
         # Shielded, so that callers who leave cannot fill the queue with what nobody counts.
         return await asyncio.shield(asyncio.wrap_future(asked))
-
-    def before_fork(self) -> None:
-        """Do nothing: the pool of connections waits for the lookups under way."""
-
-    def after_fork(self, *, child: bool) -> None:
-        """Let go of threads that exist in the parent only."""
-        if child:
-            self._executor = None
-            self._waiting = set()
 
 
 class _SQLiteFeed:
