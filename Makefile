@@ -5,15 +5,23 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Processes that run tests; 0 for one, in the foreground (a debugger's). ARGS go to pytest.
+WORKERS ?= auto
+# BARE=1 hides every server on the PATH: what is left came with wheels.
+PYTEST = $(if $(BARE),PAPAOURS_BARE=1) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all test-lowest check simulate usage-faults bench bench-guard bench-report clean
+.PHONY: demo test test-quick test-all test-lowest check simulate usage-faults bench bench-guard bench-report clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/papaours-auth demo $(if $(KEEP),--keep)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# Under a minute: what needs no server.
+test-quick: $(VENV)/.test
+	$(PYTEST) --quick $(ARGS)
 
 # The suite on every interpreter here that the library supports, each in its own environment.
 test-all:
@@ -28,7 +36,7 @@ check: $(VENV)/.check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage run -m pytest -n $(WORKERS) --dist worksteal
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report
 	@sh tests/built-wheel.sh $(BIN)/python

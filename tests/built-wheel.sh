@@ -16,7 +16,7 @@ wheel=$(echo "$work"/dist/*.whl)
 for what in pyproject.toml conftest.py README.md docs tests examples; do cp -R "$root/$what" "$work/"; done
 cd "$work"
 venv/bin/python -c 'import papaours_auth, sys; sys.exit("/src/" in papaours_auth.__file__)'
-venv/bin/python -m pytest -q -p no:cacheprovider
+venv/bin/python -m pytest -n auto --dist worksteal -q -p no:cacheprovider
 rm -rf examples  # the demonstration must find its own
 venv/bin/papaours-auth demo >demo.log 2>&1 || { cat demo.log; exit 1; }
 echo "the built wheel passes: $(basename "$wheel")"

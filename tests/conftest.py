@@ -1,4 +1,17 @@
-"""Fixtures every test may use: a pepper, opened stores, and a clock to bend."""
+"""Fixtures every test may use: a pepper, opened stores, and a clock to bend.
+
+How a test gets a server:
+
+- A database: `postgresql_server`, `mariadb_server` or `mysql_server`, which the tests of a worker share and none may
+  stop. ``server.url(server.database())`` is the URL of a new database there.
+- Redis: ``with redis_server(NEWEST, tmp_path)`` of `support.redis_servers`, which starts at once; a module with many
+  tests has a fixture over it, and a prefix a test. `BINARIES` holds each version that is here; there are
+  `redis_cluster` and `redis_sentinel` too.
+- A database to kill: ``with postgresql() as server`` of `support.sql_servers`, likewise.
+- An HTTP server over an app: ``with serving("uvicorn", environ, tmp_path)`` of `support.servers`.
+- Any other: ``subprocess.Popen(run.bound(command))`` of `support.run`, so that it ends with the run. Look for it by
+  `support.hidden.which`, add its name to `hidden.SERVERS`, and skip with what to install where it is not there.
+"""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 harness = pytest.importorskip("benchmarks.harness", reason="benchmarks/ is not here: this is the built wheel")
 
 from benchmarks import __main__ as bench  # noqa: E402

@@ -13,6 +13,8 @@ import pytest
 
 from papaours_auth import ConfigurationError, demo
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_demonstration_finds_every_answer_right() -> None:
     command = [sys.executable, "-m", "papaours_auth", "demo"]

@@ -29,6 +29,8 @@ from support.broken import (
 )
 from support.fleet import Fleet
 
+pytestmark = pytest.mark.alone
+
 OTHERS = 400
 MAX_STALENESS = 1.0
 SLACK = 1.5

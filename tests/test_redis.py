@@ -56,7 +56,6 @@ from support.redis_servers import (
     WHY_NOT,
     Certificates,
     RedisServer,
-    free_port,
     make_certificates,
     redis_cluster,
     redis_sentinel,
@@ -64,7 +63,7 @@ from support.redis_servers import (
     speaks_tls,
     wait_for_failover,
 )
-from support.servers import wait_until
+from support.servers import free_port, wait_until
 
 FOR_EVER = 600.0
 SEED = "pk_prod_abc123def456ghi789"

@@ -17,6 +17,8 @@ from support.servers import wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 
+pytestmark = pytest.mark.slow
+
 REDIS = """
 from pathlib import Path
 from support.redis_servers import BINARIES, RedisServer
@@ -125,7 +127,19 @@ def test_that_passes():
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_the_last_lines_say_what_was_skipped_and_why(tmp_path: Path, workers: str) -> None:
     (tmp_path / "test_these.py").write_text(SKIPPING)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "support.plugin", "-n", workers, "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:warnings",
+        "-p",
+        "support.plugin",
+        "-n",
+        workers,
+        ".",
+    ]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environ["PYTHONPATH"] = str(ROOT / "tests")
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)

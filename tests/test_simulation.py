@@ -10,6 +10,8 @@ import pytest
 from simulation import bugs
 from simulation.scenario import Bug, run
 
+pytestmark = pytest.mark.slow
+
 SEEDS = 200
 SEEDS_TO_CATCH = 1_000
 """How many may pass before a bug must have shown: the rarest is seen in 3 of 1,000."""

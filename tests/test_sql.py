@@ -45,12 +45,17 @@ from papaours_auth.stores.sql_drivers import connect_within
 from papaours_auth.stores.sql_level import AtLevel
 from papaours_auth.testing import StoreContract
 from papaours_auth.verify import Claim, read
-from support.servers import wait_until
-from support.sql_servers import MOST, PASSWORD, SERVERS, SQLServer, free_port, mariadb, mysql, postgresql
+from support.servers import free_port, wait_until
+from support.sql_servers import MOST, PASSWORD, SERVERS, SQLServer, mariadb, mysql, postgresql
 
 SEED = "pk_prod_abc123def456ghi789"
 
 # the contract
+
+
+def patient(server: SQLServer) -> str:
+    """Return the URL of a new database, for a test that times nothing: machines are busy."""
+    return f"{server.url(server.database())}?timeout=20"
 
 
 class ByURL(StoreContract):
@@ -68,19 +73,19 @@ class ByURL(StoreContract):
 class TestPostgreSQL(ByURL):
     @pytest.fixture(autouse=True)
     def _database(self, postgresql_server: SQLServer) -> None:
-        self.url = postgresql_server.url(postgresql_server.database())
+        self.url = patient(postgresql_server)
 
 
 class TestMariaDB(ByURL):
     @pytest.fixture(autouse=True)
     def _database(self, mariadb_server: SQLServer) -> None:
-        self.url = mariadb_server.url(mariadb_server.database())
+        self.url = patient(mariadb_server)
 
 
 class TestMySQL(ByURL):
     @pytest.fixture(autouse=True)
     def _database(self, mysql_server: SQLServer) -> None:
-        self.url = mysql_server.url(mysql_server.database())
+        self.url = patient(mysql_server)
 
 
 class TestSQLiteBySQLAlchemy(ByURL):
@@ -184,7 +189,7 @@ def either(request: pytest.FixtureRequest) -> SQLServer:
 
 @pytest.fixture
 def url(server: SQLServer) -> str:
-    return server.url(server.database())
+    return patient(server)
 
 
 def opened(url: str) -> SQLStore:
@@ -202,7 +207,7 @@ def store(url: str) -> Iterator[SQLStore]:
 
 @pytest.fixture
 def postgresql_store(postgresql_server: SQLServer) -> Iterator[SQLStore]:
-    store = opened(postgresql_server.url(postgresql_server.database()))
+    store = opened(patient(postgresql_server))
     yield store
     store.close()
 
@@ -455,6 +460,7 @@ def unavailable(call: Callable[[], object]) -> None:
         call()
 
 
+@pytest.mark.alone
 def test_pitfall_21_a_server_that_is_paused_killed_and_started_again(
     victim: SQLServer, ring: PepperRing
 ) -> None:
@@ -494,6 +500,7 @@ async def _async_outage(url: str, claim: Claim) -> None:
     await twin.aclose()
 
 
+@pytest.mark.alone
 def test_pitfall_21_a_pause_in_the_middle_of_async_lookups(victim: SQLServer, ring: PepperRing) -> None:
     url = f"{victim.url(victim.database())}?timeout={TIMEOUT}"
     store = opened(url)
@@ -523,7 +530,7 @@ def test_pitfall_23_a_cancelled_lookup_leaves_nothing_half_read(
     claim = seed(store, ring)
 
     async def look() -> None:
-        twin = open_async_store(f"{url}?timeout=20")
+        twin = open_async_store(url)
         await twin.lookup(claim)
         for number in range(24):
             task = asyncio.create_task(twin.lookup(claim))
@@ -569,6 +576,7 @@ def let_in(authenticator: Authenticator) -> bool:
         return {Reason.STORE_UNAVAILABLE: False}[refused.reason]  # nothing else may be told
 
 
+@pytest.mark.alone
 def test_an_app_starts_while_its_server_is_down_and_recovers(victim: SQLServer, ring: PepperRing) -> None:
     url = f"{victim.url(victim.database())}?timeout={TIMEOUT}"
     store = opened(url)
@@ -789,7 +797,7 @@ def test_a_creation_that_died_in_the_middle_is_finished_by_the_next(store: SQLSt
 
 def test_several_stores_in_one_database_do_not_meet(url: str, store: SQLStore, ring: PepperRing) -> None:
     claim = seed(store, ring)
-    other = opened(f"{url}?prefix=other_")
+    other = opened(f"{url}&prefix=other_")
     assert other.lookup(claim).record is None
     assert other.describe().installation != store.describe().installation
     other.close()

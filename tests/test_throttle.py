@@ -50,7 +50,6 @@ from support.redis_servers import (
     WHY_NOT,
     Certificates,
     RedisServer,
-    free_port,
     make_certificates,
     redis_cluster,
     redis_sentinel,
@@ -58,7 +57,7 @@ from support.redis_servers import (
     speaks_tls,
     wait_for_failover,
 )
-from support.servers import serving, wait_until
+from support.servers import free_port, serving, wait_until
 
 SEED = "pk_prod_abc123def456ghi789"
 UNKNOWN = "pk_prod_0123456789abcdef"

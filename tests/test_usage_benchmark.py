@@ -11,6 +11,8 @@ pytest.importorskip("benchmarks.harness", reason="benchmarks/ is not here: this 
 from benchmarks import usage
 from benchmarks.harness import Result
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_cost_of_recording_is_measured_for_each_door(tmp_path: Path) -> None:
     result = Result("usage", "")

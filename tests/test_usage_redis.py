@@ -31,13 +31,12 @@ from support.redis_servers import (
     NEWEST,
     WHY_NOT,
     RedisServer,
-    free_port,
     make_certificates,
     redis_cluster,
     redis_server,
     speaks_tls,
 )
-from support.servers import wait_until
+from support.servers import free_port, wait_until
 from support.usage import call_with_canaries
 
 _numbers = itertools.count(1)

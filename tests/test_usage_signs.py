@@ -1364,6 +1364,7 @@ def test_absurd_times_of_alerts_are_printed() -> None:
 # the labelled world
 
 
+@pytest.mark.slow
 def test_a_small_world_is_judged_well() -> None:
     benchmark = pytest.importorskip(
         "benchmarks.signs", reason="benchmarks/ is not here: this is the built wheel"

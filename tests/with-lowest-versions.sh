@@ -18,4 +18,4 @@ echo "== $lowest"
 # shellcheck disable=SC2086 - one word a requirement
 $venv/bin/pip install --quiet --editable '.[all]' $lowest --group test
 # Starlette's oldest test client names what the newest anyio deprecates.
-$venv/bin/python -m pytest -q -W 'ignore:The anyio.abc.BlockingPortal alias is deprecated:DeprecationWarning'
+$venv/bin/python -m pytest -n auto --dist worksteal -q -W 'ignore:The anyio.abc.BlockingPortal alias is deprecated:DeprecationWarning'

@@ -13,11 +13,13 @@ from .proxy import Proxy
 from .redis_servers import NEWEST, WHY_NOT, RedisServer, redis_server
 from .sql_servers import postgresql
 
+PATIENT = "?timeout=20"
+
 
 class Broken(NamedTuple):
     """A store, and what is done to it."""
 
-    url: str
+    url: str  # for administration, which waits as long as a busy machine takes
     verifying_url: str  # as the load sees it: perhaps through a proxy
     take_away: Callable[[], object]
     give_back: Callable[[], object]
@@ -34,14 +36,14 @@ def sqlite_file(folder: Path) -> Iterator[Broken]:
 def redis_killed(folder: Path) -> Iterator[Broken]:
     with redis(folder) as server:
         url = f"redis://{server.address}"
-        yield Broken(url, url, server.kill, server.start)
+        yield Broken(f"{url}{PATIENT}", url, server.kill, server.start)
 
 
 @contextmanager
 def redis_frozen(folder: Path) -> Iterator[Broken]:
     with redis(folder) as server:
         url = f"redis://{server.address}"
-        yield Broken(url, url, server.freeze, server.thaw)
+        yield Broken(f"{url}{PATIENT}", url, server.freeze, server.thaw)
 
 
 @contextmanager
@@ -60,7 +62,7 @@ def redis(folder: Path) -> AbstractContextManager[RedisServer]:
 def postgresql_killed(folder: Path) -> Iterator[Broken]:
     with postgresql() as server:
         url = server.url(server.database())
-        yield Broken(url, url, server.kill, server.start)
+        yield Broken(f"{url}{PATIENT}", url, server.kill, server.start)
 
 
 @contextmanager
@@ -72,7 +74,9 @@ def postgresql_cut_off(folder: Path) -> Iterator[Broken]:
 
 def cut_off(url: str, verifying_url: str, proxy: Proxy) -> Broken:
     """Packets are swallowed, connections stay: the worst that a network does."""
-    return Broken(url, verifying_url, lambda: proxy.turn("blackhole"), lambda: proxy.turn("pass"))
+    return Broken(
+        f"{url}{PATIENT}", verifying_url, lambda: proxy.turn("blackhole"), lambda: proxy.turn("pass")
+    )
 
 
 Kind = Callable[[Path], AbstractContextManager[Broken]]

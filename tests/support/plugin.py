@@ -27,12 +27,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for mark in (
-        "alone: no other test runs meanwhile",
-        "server: starts a server",
-        "slow: takes over a second",
-    ):
-        config.addinivalue_line("markers", mark)
+    config.addinivalue_line("markers", "alone: no other test runs meanwhile")
+    config.addinivalue_line("markers", "slow: takes more than a second, and no server of ours")
+    if config.getoption("--quick"):
+        os.environ[run.NO_SERVERS] = "1"
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # A shell's `make test &` has children ignore Ctrl-C, which the demonstration and PostgreSQL are stopped by.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -48,6 +46,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
     # Together and last: the other workers stand still once, not between each two of them.
     items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return one more worker than there are cores: tests of outages wait as much as they compute."""
+    return min(os.cpu_count() or 1, 4) + 1
 
 
 def pytest_collection_finish() -> None:

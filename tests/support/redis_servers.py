@@ -28,7 +28,7 @@ from cryptography.x509.oid import NameOID
 
 from . import run
 from .hidden import which
-from .servers import is_stopped, wait_until
+from .servers import free_port, is_stopped, wait_until
 
 START_SECONDS = 30.0
 HOST = "127.0.0.1"
@@ -137,16 +137,6 @@ class RedisServer:
     def _signal(self, number: signal.Signals) -> None:
         if self.process is not None:
             os.kill(self.process.pid, number)
-
-
-def free_port() -> int:
-    """Give a port that is free now, and whose cluster bus port (10,000 above) exists."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind((HOST, 0))
-            port: int = probe.getsockname()[1]
-        if port < 55_000:
-            return port
 
 
 @contextmanager

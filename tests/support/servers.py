@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -85,6 +86,19 @@ class Server(NamedTuple):
             connection.close()
 
 
+def free_port() -> int:
+    """Return a port that is free, as is the one 10,000 above it, which is a Redis Cluster's bus.
+
+    Both are below those that the kernel gives to connections, which other workers' tests open by the thousand.
+    """
+    while True:
+        port = 10_000 + secrets.randbelow(10_000)  # Hypothesis gives `random` the same seed in every worker
+        with socket.socket() as first, socket.socket() as second, suppress(OSError):
+            first.bind(("127.0.0.1", port))
+            second.bind(("127.0.0.1", port + 10_000))
+            return port
+
+
 @contextmanager
 def serving(
     name: str,
@@ -96,9 +110,7 @@ def serving(
     ready: str = "/healthz",
 ) -> Iterator[Server]:
     """Start a server with more ``options``, wait until it answers at ``ready``, and stop it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    port = free_port()
     app = app or ("asgi_app:app" if name in ASGI else "wsgi_app:app")
     log = folder / f"{name}.log"
     with log.open("wb") as output:

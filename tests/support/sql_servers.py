@@ -9,7 +9,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import uuid
@@ -26,7 +25,7 @@ from sqlalchemy.exc import DBAPIError
 
 from support import run
 from support.hidden import which
-from support.servers import START_SECONDS, is_stopped, wait_until
+from support.servers import START_SECONDS, free_port, is_stopped, wait_until
 
 PASSWORD = "hunter2-“é”"
 SERVERS = ("postgresql", "mariadb", "mysql")
@@ -156,13 +155,6 @@ def children(parent: int) -> list[int]:
         ["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True, check=False
     )
     return [int(pid) for pid in found.stdout.split()]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @cache
