@@ -68,6 +68,23 @@ def _waitress(*more: str, app: str = "wsgi") -> tuple[Command, Command]:
     )
 
 
+def _uwsgi() -> tuple[Command, Command]:
+    run = (
+        "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"  # of PyPI's pyuwsgi, which has no module to run
+    )
+    command = ("-c", run, str(Path(sys.executable).with_name("uwsgi")))
+    more = ("--module=peers_made:wsgi_app", "--enable-threads", "--need-app", "--die-on-term")
+    return (
+        lambda port: [*command, f"--http-socket=127.0.0.1:{port}", *more],
+        lambda path: [*command, f"--http-socket={path}", *more],
+    )
+
+
+def _daphne() -> tuple[Command, Command]:
+    command = ("-m", "daphne", "peers_made:asgi_app")
+    return (lambda port: [*command, f"--port={port}"]), (lambda path: [*command, "-u", path])
+
+
 def _script(name: str, *more: str) -> Command:
     return lambda address: [str(APPS / "peers_app.py"), name, address, *more]
 
@@ -76,8 +93,12 @@ SERVERS: Mapping[str, Row] = {
     "uvicorn": Row(*_uvicorn("asgi", "--no-proxy-headers"), believed=True),
     "uvicorn by default": Row(*_uvicorn("asgi"), believed=True),  # it reads the header itself, from 127.0.0.1
     "granian": Row(*_granian("asgi"), believed=True),
+    "daphne": Row(*_daphne(), believed=True),
     "hypercorn": Row(*_hypercorn("asgi:peers_made:asgi_app"), believed=True),
     "gunicorn": Row(*_gunicorn("peers_app:wsgi()"), believed=True),
+    "gunicorn gevent": Row(*_gunicorn("peers_app:wsgi()", "-k=gevent"), believed=True),
+    "gevent": Row(_script("gevent"), _script("gevent"), believed=True),
+    "uwsgi": Row(*_uwsgi(), believed=False),
     "waitress": Row(*_waitress("--no-clear-untrusted-proxy-headers"), believed=True),
     "waitress by default": Row(*_waitress(), believed=False),  # it strips the header
     "werkzeug": Row(_script("werkzeug"), lambda path: _script("werkzeug")(f"unix://{path}"), believed=True),
@@ -93,7 +114,15 @@ SERVERS: Mapping[str, Row] = {
     "asgi under wsgiref": Row(_script("wsgiref", "asgi"), None, believed=False),
     "a2wsgi": Row(*_uvicorn("a2wsgi_bridge", "--no-proxy-headers"), believed=False),
 }
-ASGI = ("uvicorn", "uvicorn by default", "granian", "hypercorn", "asgi under waitress", "asgi under wsgiref")
+ASGI = (
+    "uvicorn",
+    "uvicorn by default",
+    "granian",
+    "daphne",
+    "hypercorn",
+    "asgi under waitress",
+    "asgi under wsgiref",
+)
 WSGI = [name for name in SERVERS if name not in ASGI]
 
 HYPHENS = f"X-Forwarded-For: {INSIDE}"
@@ -280,7 +309,9 @@ def test_where_the_proxy_drops_underscores_its_word_counts_on_every_server(
     ] == []
 
 
-def test_pitfall_47_a_peer_that_is_no_address_is_a_unix_socket(unix: tuple[str, Row], estate: Estate) -> None:
+def test_pitfall_47_a_peer_that_is_no_address_is_a_unix_socket(
+    unix: tuple[str, Row], estate: Estate, request: pytest.FixtureRequest
+) -> None:
     address, row = unix
     honest = {name: status(address, "unix", estate.inside, lines) for name, lines in HONEST.items()}
     expected = dict.fromkeys(HONEST, 200 if row.believed else 403)
@@ -292,4 +323,6 @@ def test_pitfall_47_a_peer_that_is_no_address_is_a_unix_socket(unix: tuple[str, 
             if status(address, proxies, estate.inside, lines) not in REFUSED
         ] == []
     assert status(address, "unix", estate.loopback, []) == 403
+    if request.node.callspec.params["unix"] in WSGI and "default" not in request.node.name:
+        assert status(address, "dropping", estate.inside, HONEST["one line"]) == 200
     assert status(address, "unix", estate.anywhere, []) == 200

@@ -32,9 +32,11 @@ def test_a_gate_that_means_nothing_stops_at_start(options: dict[str, Any], said:
         Gate(**options)
 
 
-@pytest.mark.parametrize("peer", ["", "localhost", "<local>", "/run/app.sock", "unix:", "unknown"])
+@pytest.mark.parametrize(
+    "peer", ["", "localhost", "<local>", "/run/app.sock", "unix:", "unknown", "0.0.0.0", "::"]
+)
 def test_pitfall_47_a_proxy_on_a_unix_socket_is_trusted_where_told_to(peer: str) -> None:
-    """Whatever servers call it: nothing, ``localhost`` (waitress), ``<local>`` (Werkzeug)."""
+    """Whatever servers call it: nothing, ``localhost`` (waitress), ``<local>`` (Werkzeug), 0.0.0.0 (uWSGI)."""
     assert Gate(trusted_proxies=["unix"]).client(peer, b"192.0.2.7") == "192.0.2.7"
     assert Gate(trusted_proxies=["unix"]).client(peer, None) is None
     assert Gate(trusted_proxies=["10.0.0.0/8"]).client(peer, b"192.0.2.7") == (peer or None)

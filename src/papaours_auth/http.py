@@ -295,9 +295,12 @@ class _Proxies:
     unix: bool
 
     def trusts(self, peer: str) -> bool:
-        """Whether a peer is trusted. One that is no address is a Unix socket, whatever a server calls it."""
+        """Whether a peer is trusted. One that is no address is a Unix socket, whatever a server calls it.
+
+        uWSGI calls it 0.0.0.0, from which no connection ever comes.
+        """
         parsed = parse_address(peer)
-        return self.unix if parsed is None else self.contains(parsed)
+        return self.unix if parsed is None or parsed.is_unspecified else self.contains(parsed)
 
     def contains(self, address: Address) -> bool:
         return any(address in network for network in self.networks)

@@ -44,7 +44,7 @@ __all__ = [
 
 logger = logging.getLogger("papaours_auth")
 readiness = wsgi_app
-_DROPPING: Final = ("gunicorn/", "waitress", "Werkzeug/")
+_DROPPING: Final = ("gunicorn/", "waitress", "Werkzeug/", "gevent/")
 """How servers call themselves that drop headers with underscores in their names, each held by a test."""
 
 
@@ -56,7 +56,7 @@ class Guard:
 
     ``proxy_drops_underscores`` says that every trusted proxy drops headers with underscores in their names, as nginx
     does by default. Without it, ``trusted_proxies`` count only on servers that drop those themselves (gunicorn,
-    waitress, Werkzeug); elsewhere the client is unknown.
+    waitress, Werkzeug, gevent); elsewhere the client is unknown.
     """
 
     def __init__(

@@ -52,7 +52,10 @@ def wsgi() -> Callable[..., Iterable[bytes]]:
         for name, proxies in PROXIES.items()
     }
     guards["dropping"] = WSGIMiddleware(
-        wsgi_ok, authenticator=authenticator, trusted_proxies=["127.0.0.0/8"], proxy_drops_underscores=True
+        wsgi_ok,
+        authenticator=authenticator,
+        trusted_proxies=["127.0.0.0/8", "unix"],
+        proxy_drops_underscores=True,
     )
 
     def app(environ: Any, start_response: Any) -> Iterable[bytes]:
@@ -79,10 +82,24 @@ def asgi_under_wsgi() -> Any:
     return Bridge(asgi())
 
 
+def serve_gevent(address: str) -> None:
+    from gevent import socket
+    from gevent.pywsgi import WSGIServer
+
+    listener: Any = ("127.0.0.1", int(address) if address.isdecimal() else 0)
+    if not address.isdecimal():
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(address)
+        listener.listen()
+    WSGIServer(listener, wsgi()).serve_forever()
+
+
 def main(server: str, address: str, kind: str = "wsgi") -> None:
     if server == "wsgiref":
         with make_server("127.0.0.1", int(address), asgi_under_wsgi() if kind == "asgi" else wsgi()) as made:
             made.serve_forever()
+    if server == "gevent":
+        serve_gevent(address)
     from werkzeug.serving import run_simple
 
     host, port = (address, 0) if address.startswith("unix:") else ("127.0.0.1", int(address))
