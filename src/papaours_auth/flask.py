@@ -160,10 +160,7 @@ class PapaoursAuth:
         self, view: Callable[_P, Any], check: Callable[[Identity], object] | None
     ) -> Callable[_P, Any]:
         def ask() -> None:
-            with _AsHTTP():
-                caller = self._caller()
-                if check is not None:
-                    check(caller)
+            _asked(self._caller if check is None else lambda: check(self._caller()))
 
         if inspect.iscoroutinefunction(view):
 
@@ -188,22 +185,19 @@ class PapaoursAuth:
         return _caller(guard)
 
 
-class _AsHTTP:
-    """Turn a `Refused` into one that Flask answers by itself, and tell the guards around the app."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, Refused):
-            note(request.environ, error)
-            raise _as_http(error) from None
+def _asked(ask: Callable[[], _R]) -> _R:
+    """Return what it returns. A `Refused` that it raises is one that Flask answers by itself."""
+    try:
+        return ask()
+    except Refused as error:
+        refused = error.copy()  # the raised one has frames whose environ holds the key
+    note(request.environ, refused)
+    raise _as_http(refused)
 
 
 def require(*rights: str, organisation: str | Unset = UNSET) -> Identity:
     """Return who calls if they have all these rights. See `papaours_auth.wsgi.require`. Raises `HTTPRefused`."""
-    with _AsHTTP():
-        return authorized(identity(), rights, organisation)
+    return _asked(lambda: authorized(_identity(), rights, organisation))
 
 
 def identity() -> Identity:
@@ -211,15 +205,18 @@ def identity() -> Identity:
 
     In an app without an extension of ours, that is whom the guard around it found.
     """
-    with _AsHTTP():
-        guards = _guards()
-        found = identity_of(request.environ)
-        for guard in guards.values():
-            if vouched(found, guard.authenticator) is not None:
-                return _caller(guard)
-        if not guards:
-            return wsgi.identity(request.environ)
-        return _caller(next(iter(guards.values())))
+    return _asked(_identity)
+
+
+def _identity() -> Identity:
+    guards = _guards()
+    found = identity_of(request.environ)
+    for guard in guards.values():
+        if vouched(found, guard.authenticator) is not None:
+            return _caller(guard)
+    if not guards:
+        return wsgi.identity(request.environ)
+    return _caller(next(iter(guards.values())))
 
 
 def refuse(refused: Refused) -> Any:  # Any: whatever a handler of the app's may return

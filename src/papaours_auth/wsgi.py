@@ -198,7 +198,9 @@ def identity_of(environ: WSGIEnvironment) -> Identity | None:
 
 def identity(environ: WSGIEnvironment) -> Identity:
     """Return who calls. Raises `Refused` if it came without a valid key; the middleware answers it."""
-    return known(identity_of(environ), environ.get(REFUSAL))
+    caller, refusal = identity_of(environ), environ.get(REFUSAL)
+    del environ  # its headers hold the key, and handlers of errors look into frames
+    return known(caller, refusal)
 
 
 def require(environ: WSGIEnvironment, *rights: str, organisation: str | Unset = UNSET) -> Identity:
@@ -207,7 +209,9 @@ def require(environ: WSGIEnvironment, *rights: str, organisation: str | Unset = 
     Raises `Refused`, which the middleware answers, and `InvalidInput` for no right, a right that is none, or an
     organisation that is ``None`` or empty.
     """
-    return authorized(identity(environ), rights, organisation)
+    caller, refusal = identity_of(environ), environ.get(REFUSAL)
+    del environ
+    return authorized(known(caller, refusal), rights, organisation)
 
 
 def _header(environ: WSGIEnvironment, name: str) -> bytes | None:
