@@ -217,3 +217,16 @@ def test_granian_too_answers_500_for_a_generator_that_fails_at_once(pair: Pair) 
     answer = on_the_wire(pair.guarded, "/fails-at-once", "GET", "1.1")
     # gunicorn, wsgiref and Werkzeug differ in their words; uWSGI has sent its status before.
     assert pair.name == "uwsgi" or answer.split(b" ", 2)[1] == b"500", answer
+
+
+def test_pitfall_40_a_refusal_from_below_is_answered_on_every_server(pair: Pair) -> None:
+    """Before the app has named a status, and after, but before anything is sent."""
+    answers = {
+        path: on_the_wire(pair.guarded, path, "GET", "1.1")
+        for path in ("/refuses", "/refuses-first", "/refuses-late", "/refuses-after-all")
+    }
+    for path, answer in answers.items():
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.split(b" ", 2)[1] == b"403", (path, answer)
+        assert b"application/problem+json" in head, (path, answer)
+        assert b'"code": "insufficient_rights"' in body, (path, answer)

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from papaours_auth import Reason, Refused
 from papaours_auth.usage import Recorder
 from papaours_auth.wsgi import PapaoursAuthMiddleware
 
@@ -65,8 +66,20 @@ BODIES: dict[str, Any] = {
 }
 
 
+def refused(path: str) -> Iterator[bytes]:
+    def in_the_first_step() -> Iterator[bytes]:
+        yield from ()
+        raise Refused(Reason.INSUFFICIENT_RIGHTS)
+
+    if path in ("/refuses", "/refuses-after-all"):
+        raise Refused(Reason.INSUFFICIENT_RIGHTS)
+    return in_the_first_step()
+
+
 def bare(environ: Any, start_response: Any) -> Any:
     path = environ["PATH_INFO"]
+    if path in ("/refuses", "/refuses-first"):
+        return refused(path)
     if path == "/raises":
         raise LookupError
     headers = [*HEADERS, ("Content-Length", "3")] if path == "/length" else HEADERS
@@ -75,6 +88,8 @@ def bare(environ: Any, start_response: Any) -> Any:
         return environ["wsgi.file_wrapper"](file_of(SIZE if path == "/file" else BIG))
     if path == "/plain-file":
         return file_of(SIZE)
+    if path in ("/refuses-late", "/refuses-after-all"):
+        return refused(path)
     if path == "/length":
         return generator(b"one")
     if path == "/write":
