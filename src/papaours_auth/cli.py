@@ -416,6 +416,7 @@ def _key_verify(options: argparse.Namespace) -> int:
     secret = _read_key()
     text = KeyFormat().read(secret.reveal().encode("utf-8", "surrogatepass"))
     environment = options.env or (text.environment if text is not None else "prod")
+    del text  # most of the key is in it
     with Authenticator(_url(options), environment=environment, watch=False) as authenticator:
         try:
             identity = authenticator.authenticate(secret.reveal(), client=options.client, needs=options.needs)

@@ -62,6 +62,22 @@ def hkdf_sha256(secret: bytes, info: bytes, length: int = 32, *, salt: bytes = b
     return b"".join(blocks)[:length]
 
 
+def _check_pepper(id_: str, value: bytes) -> None:
+    if not _ID.fullmatch(id_):
+        raise ConfigurationError(
+            "a pepper's id must be 1 to 32 letters, digits, '-' or '_': write PAPAOURS_PEPPER as id:base64url"
+        )
+    if len(value) < MIN_PEPPER_BYTES:
+        raise ConfigurationError(
+            f"the pepper {id_!r} has {len(value)} bytes and needs at least {MIN_PEPPER_BYTES}, "
+            f"or digests could be guessed: {_REMEDY}"
+        )
+    if len(set(value)) < _MIN_DISTINCT_BYTES:
+        raise ConfigurationError(
+            f"the pepper {id_!r} looks like a placeholder, not like random bytes: {_REMEDY}"
+        )
+
+
 def _subkey(pepper: bytes, use: str) -> bytes:
     return hkdf_sha256(pepper, f"papaours-auth/v1/{use}".encode("ascii"))
 
@@ -107,20 +123,13 @@ class Pepper:
     @classmethod
     def from_bytes(cls, id: str, value: bytes) -> Pepper:  # noqa: A002 - the field's own word
         """Derive the subkeys. Raises `ConfigurationError` for a short or placeholder value or a bad id."""
-        if not _ID.fullmatch(id):
-            raise ConfigurationError(
-                "a pepper's id must be 1 to 32 letters, digits, '-' or '_': write PAPAOURS_PEPPER as id:base64url"
-            )
-        if len(value) < MIN_PEPPER_BYTES:
-            raise ConfigurationError(
-                f"the pepper {id!r} has {len(value)} bytes and needs at least {MIN_PEPPER_BYTES}, "
-                f"or digests could be guessed: {_REMEDY}"
-            )
-        if len(set(value)) < _MIN_DISTINCT_BYTES:
-            raise ConfigurationError(
-                f"the pepper {id!r} looks like a placeholder, not like random bytes: {_REMEDY}"
-            )
-        return cls(id, _subkey(value, "digest"), _subkey(value, "tag"), _subkey(value, "check"))
+        try:
+            _check_pepper(id, value)
+            return cls(id, _subkey(value, "digest"), _subkey(value, "tag"), _subkey(value, "check"))
+        except ConfigurationError as error:
+            raise _alone(error)  # noqa: B904 - it is the same one
+        finally:
+            del value
 
     def digest(self, presented: bytes) -> bytes:
         """HMAC-SHA256 of the whole key, 32 bytes: what the store keeps and finds it by."""
@@ -227,6 +236,21 @@ def parse_peppers(text: str) -> PepperRing:
 
     Raises `ConfigurationError` with the entry's number, never its text.
     """
+    try:
+        return _parse_entries(text)
+    except ConfigurationError as error:
+        raise _alone(error)  # noqa: B904 - it is the same one
+    finally:
+        del text
+
+
+def _alone(error: ConfigurationError) -> ConfigurationError:
+    """Return an error without the frames that held a pepper: error reporters capture local variables."""
+    error.__context__ = None
+    return error.with_traceback(None)
+
+
+def _parse_entries(text: str) -> PepperRing:
     entries = [
         entry.strip()
         for line in text.splitlines()
@@ -250,7 +274,15 @@ def _parse_entry(number: int, entry: str) -> Pepper:
 
 def peppers_from_environment(environ: Mapping[str, str] | None = None) -> PepperRing:
     """Read PAPAOURS_PEPPER, or the file PAPAOURS_PEPPER_FILE names. Raises `ConfigurationError`."""
-    environ = os.environ if environ is None else environ
+    try:
+        return parse_peppers(_pepper_text(os.environ if environ is None else environ))
+    except ConfigurationError as error:
+        raise _alone(error)  # noqa: B904 - it is the same one
+    finally:
+        del environ
+
+
+def _pepper_text(environ: Mapping[str, str]) -> str:
     text, path = environ.get(PEPPER_VARIABLE, ""), environ.get(PEPPER_FILE_VARIABLE, "")
     if text and path:
         raise ConfigurationError(
@@ -260,7 +292,7 @@ def peppers_from_environment(environ: Mapping[str, str] | None = None) -> Pepper
         text = read_pepper_file(path)
     if not text.strip():
         raise ConfigurationError(f"no pepper: set {PEPPER_VARIABLE} or {PEPPER_FILE_VARIABLE}; {_REMEDY}")
-    return parse_peppers(text)
+    return text
 
 
 def new_pepper(ids_in_use: Iterable[str] = ()) -> str:

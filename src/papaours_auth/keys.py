@@ -205,8 +205,9 @@ class Keys:
         ``environment`` is the one its text names where none is given. A 36-character body is refused: those
         are minted here alone.
         """
-        owner = _not_system(self.machine(machine))
+        # First: no frame holds a key's text while the store is asked.
         secret = secret if isinstance(secret, Secret) else Secret(secret)
+        owner = _not_system(self.machine(machine))
         text = self._format.read(secret.reveal().encode("utf-8", "surrogatepass"))
         if text is None:
             raise InvalidInput(
@@ -251,15 +252,17 @@ class Keys:
         )
 
     def _add(self, key: Key, secret: Secret, kind: str) -> None:
+        claim = self._claim(secret, key.environment, foreign=kind == "key.imported")
+        self._store.add_key(key, claim, kind, self._author())
+
+    def _claim(self, secret: Secret, environment: str, *, foreign: bool) -> Claim:
+        """Return what a key is stored under: its digest under the primary pepper comes first."""
         presented = secret.reveal().encode("ascii")
         primary = self._ring.primary
         candidates = self._ring.candidates(presented)
         first = [candidate for candidate in candidates if candidate.pepper_id == primary.id]
         others = [candidate for candidate in candidates if candidate.pepper_id != primary.id]
-        claim = Claim(
-            key.environment, partition(presented), (*first, *others), foreign=kind == "key.imported"
-        )
-        self._store.add_key(key, claim, kind, self._author())
+        return Claim(environment, partition(presented), (*first, *others), foreign)
 
     def keys(self, machine: str | None = None) -> list[Key]:
         """List keys, oldest first: all, or a machine's. Inactive ones stay in the list."""
