@@ -7,6 +7,7 @@ makes its streams as the interpreter would have at its start, runs the command a
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import json
 import os
@@ -87,6 +88,7 @@ def _serve() -> None:
     from papaours_auth.stores import sqlite  # noqa: F401
     from papaours_auth.usage import sqlite as usage  # noqa: F401
 
+    gc.freeze()  # else each child goes through all there is when it ends
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
