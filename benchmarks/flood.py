@@ -3,6 +3,10 @@
 Store reads and memory are counted in the process, over a million keys. The effect on valid clients is measured over
 HTTP, in open loop: one client process with a valid key and one with forged ones, windows with and without the latter
 in turn, at one uvicorn worker on cores of its own.
+
+Foreign keys, which anyone can invent and only the store can tell, come over 1,500 connections to a store that holds
+one: at a tenth of what the worker can refuse, and at more than all of it. Beside the client whose key is remembered
+there is one whose keys are not, each a lookup.
 """
 
 from __future__ import annotations
@@ -12,11 +16,12 @@ import shutil
 import statistics
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 from papaours_auth import Authenticator, KeyFormat, PepperRing, Refused, open_store
 from papaours_auth.digest import PEPPER_VARIABLE
@@ -26,7 +31,7 @@ from papaours_auth.verify import Claim
 from .harness import Result, on_cores, percentile, quartiles, resampled
 from .open_loop import Client
 from .server import CASES, serving
-from .subjects import TRUST, foreign, forged, new_peppers, one_key, place
+from .subjects import TRUST, foreign, forged, many_keys, new_peppers, one_key, place
 
 Pair: TypeAlias = tuple[list[float], list[float]]
 """Latencies of a quiet window and of its flooded neighbour, in microseconds."""
@@ -41,6 +46,10 @@ VALID_RATE: Final = 500.0  # requests a second: some 15 % of what the worker can
 WINDOW: Final = 1.5  # seconds; shorter in a short run, which shows that it works and no figure
 TURNS: Final = 25
 CAPACITY_KEYS: Final = 50_000
+FOREIGN_CONNECTIONS: Final = 750  # of each of two clients: one process may wait for no more than 1,024
+COLD_RATE: Final = 40.0  # keys a second that nobody asked for before
+FOREIGN_GOAL: Final = 1.5
+OVERLOAD: Final = 3.0
 LUA: Final = """\
 local keys, at = {{}}, 0
 for key in io.lines("{keys}") do keys[#keys + 1] = key end
@@ -73,7 +82,9 @@ def run(scale: float = 1.0) -> Result:
     count = max(100, int(FORGED * min(1.0, scale)))
     _flood(result, "forged in our format", forged, count, store, peppers, valid)
     _flood(result, "foreign", foreign, max(100, int(FOREIGN * min(1.0, scale))), store, peppers, valid)
-    _over_http(result, turns=max(2, int(TURNS * scale)), window=WINDOW * min(1.0, 0.1 + scale))
+    turns, window = max(2, int(TURNS * scale)), WINDOW * min(1.0, 0.1 + scale)
+    _over_http(result, turns=turns, window=window)
+    _foreign_over_http(result, turns=turns, window=window)
     return result
 
 
@@ -182,6 +193,84 @@ def _windows(
         elif turn > 1:
             pairs.append((found[False], found[True]))
     return pairs, resident(pid) - memory
+
+
+class Clients(NamedTuple):
+    """Who calls one server: a key that is remembered, keys that are not, and two who invent theirs."""
+
+    warm: Client
+    cold: Client
+    attackers: Sequence[Client]
+
+    def window(self, flood: float, seconds: float) -> tuple[list[float], Counter[str]]:
+        """Return the latencies of the remembered key, and the statuses of all valid ones."""
+        for attacker in self.attackers:
+            attacker.begin(flood / len(self.attackers), seconds + 0.1)
+        self.warm.begin(VALID_RATE, seconds)
+        self.cold.begin(COLD_RATE, seconds)
+        latencies, statuses = self.warm.result()
+        statuses += self.cold.result()[1]
+        for attacker in self.attackers:
+            attacker.result()
+        return latencies, statuses
+
+
+def _foreign_over_http(result: Result, *, turns: int, window: float) -> None:
+    """Flood a store that holds a foreign key with invented ones, over 1,500 connections."""
+    with place("sqlite") as there, TemporaryDirectory() as folder, ExitStack() as stack:
+        key = one_key(there.url, there.peppers)[0]
+        needed = int((2 * (turns + 1) + 2) * window * COLD_RATE * 3) + 100
+        cold = Path(folder) / "cold"
+        cold.write_text("\n".join(many_keys(there.url, there.peppers, needed)), encoding="ascii")
+        guard = {"PAPAOURS_STORE": there.url, PEPPER_VARIABLE: there.secret}
+        server = stack.enter_context(serving(CASES[0], guard, key))
+        with on_cores(last=True):
+            capacity = refused_a_second(server.port, Path(folder))
+            attackers = [
+                stack.enter_context(Client(server.port, "foreign", FOREIGN_CONNECTIONS)) for _ in range(2)
+            ]
+            clients = Clients(
+                stack.enter_context(Client(server.port, key)),
+                stack.enter_context(Client(server.port, f"@{cold}")),
+                attackers,
+            )
+            clients.window(0.0, window)  # warms everything
+            quiet, tenth, more = [], [], []
+            for _ in range(turns):
+                quiet.append(clients.window(0.0, window))
+                tenth.append(clients.window(capacity * SHARE, window))
+            more += [clients.window(capacity * OVERLOAD, window) for _ in range(max(1, turns // 5))]
+    _report_foreign(result, quiet, tenth, more)
+
+
+Windows: TypeAlias = list[tuple[list[float], Counter[str]]]
+
+
+def _report_foreign(result: Result, quiet: Windows, tenth: Windows, more: Windows) -> None:
+    def refused(windows: Windows) -> int:
+        return sum(count for _, statuses in windows for status, count in statuses.items() if status != "200")
+
+    name = "HTTP: foreign keys over 1,500 connections"
+    pairs = [(a[0], b[0]) for a, b in zip(quiet, tenth, strict=True)]
+    answers = sum(statuses.total() for _, statuses in (*tenth, *more))
+    result.add(f"{name}: answers to valid clients", answers, "", note=f"{COLD_RATE:.0f} a second are lookups")
+    result.add(f"{name}, at 10 %: valid keys refused", refused(tenth), "", goal=0)
+    result.add(f"{name}, at {OVERLOAD:.0f} times the capacity: valid keys refused", refused(more), "", goal=0)
+    result.add(
+        f"{name}, at 10 %: valid clients' p99, flooded / quiet",
+        p99_ratio(pairs),
+        spread=resampled(pairs, p99_ratio),
+        goal=FOREIGN_GOAL,
+        note="spread: nine of ten resamplings of the windows",
+        reason="an invented key that is looked up takes the one worker as long as any uncached call does",
+    )
+    each = [percentile(latencies, 0.99) for latencies, _ in more]
+    result.add(
+        f"{name}, at {OVERLOAD:.0f} times the capacity: valid clients' p99",
+        statistics.median(each),
+        "µs",
+        note="the worker is busy with refusing all the while: requests queue before anybody has read their key",
+    )
 
 
 def p99_ratio(pairs: Sequence[Pair]) -> float:

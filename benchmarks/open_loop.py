@@ -1,7 +1,8 @@
 """A client in open loop: requests leave at times drawn beforehand, whether or not earlier ones were answered.
 
-    python -m benchmarks.open_loop PORT VALID_KEY|forged
+    python -m benchmarks.open_loop PORT VALID_KEY|forged|foreign|@FILE [CONNECTIONS]
 
+``@FILE`` has a key a line, each of which is sent once.
 A latency runs from the time drawn, so that one which had to wait for a connection counts its waiting. Each line of
 standard input, ``rate seconds``, is a window; its latencies in microseconds are answered as a line of JSON, with what
 the answers' statuses were.
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Final, Self
@@ -99,9 +100,9 @@ def poisson(rate: float, seconds: float) -> list[float]:
 class Client:
     """Such a process, seen from outside."""
 
-    def __init__(self, port: int, key: str) -> None:
+    def __init__(self, port: int, key: str, connections: int = CONNECTIONS) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.open_loop", str(port), key],
+            [sys.executable, "-m", "benchmarks.open_loop", str(port), key, str(connections)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -123,22 +124,36 @@ class Client:
 
     def end(self, status: str) -> list[float]:
         """Give the latencies, once the window is over. Raises where an answer had another status."""
+        latencies, statuses = self.result()
+        if set(statuses) - {status}:
+            raise RuntimeError(f"answers with {status} were expected: {statuses}")
+        return latencies
+
+    def result(self) -> tuple[list[float], Counter[str]]:
+        """Return the latencies and how often each status was answered, once the window is over."""
         line = self._process.stdout.readline() if self._process.stdout is not None else ""
         found: dict[str, Any] = json.loads(line)
-        if set(found["statuses"]) - {status}:
-            raise RuntimeError(f"answers with {status} were expected: {found['statuses']}")
-        return [float(each) for each in found["latencies"]]
+        return [float(each) for each in found["latencies"]], Counter(found["statuses"])
 
 
-def main(port: int, key: str) -> None:
-    from .subjects import forged
+def source(key: str) -> Callable[[], bytes]:
+    """Return what gives the next key to send."""
+    from .subjects import foreign, forged
 
+    if key.startswith("@"):
+        return iter(Path(key[1:]).read_bytes().split()).__next__
+    makers: dict[str, Callable[[], bytes]] = {"forged": forged, "foreign": foreign}
+    return makers.get(key, key.encode)
+
+
+def main(port: int, key: str, connections: int) -> None:
+    next_key = source(key)
     for line in sys.stdin:
         rate, seconds = map(float, line.split())
         times = poisson(rate, seconds)
-        keys = [forged() if key == "forged" else key.encode() for _ in times]
+        keys = [next_key() for _ in times]
         with ExitStack() as stack:  # anew each time: servers close what was idle for seconds
-            exchanges = [stack.enter_context(closing(Exchange(port))) for _ in range(CONNECTIONS)]
+            exchanges = [stack.enter_context(closing(Exchange(port))) for _ in range(connections)]
             latencies, statuses = window(exchanges, keys, times)
         print(
             json.dumps({"latencies": [round(each) for each in latencies], "statuses": statuses}), flush=True
@@ -146,4 +161,4 @@ def main(port: int, key: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -88,6 +88,15 @@ def _serve(name: str, folder: Path, stack: ExitStack) -> str:
     raise ValueError(f"no benchmark can start a {name!r} store")
 
 
+def many_keys(url: str, peppers: PepperRing, count: int) -> list[str]:
+    """Make a machine with so many keys, and one foreign key beside them, so that no key is refused by its shape."""
+    with Keys(url, peppers=peppers) as keys:
+        machine = keys.create_machine("Portail partenaires", organisation="cfa-lyon").id
+        keys.import_key(machine, foreign().decode(), name="Production - Ancienne clef")
+        made = [keys.create_key(machine, name=f"Banc {n}", environment="prod") for n in range(count)]
+    return [new.secret.reveal() for new in made]
+
+
 def one_key(store: Store | str, peppers: PepperRing) -> tuple[str, str]:
     """Make a machine and a key. Gives the key's text and its id."""
     with Keys(store, peppers=peppers) as keys:

@@ -322,6 +322,11 @@ def test_the_flood_counts_no_store_read_for_a_forged_key() -> None:
     assert figures["foreign: store reads"].value == 100  # the counter counts
     assert figures["HTTP: valid clients' p99, flooded / quiet"].goal == flood.GOAL
     assert figures["HTTP: answers to valid clients"].value > 0
+    invented = "HTTP: foreign keys over 1,500 connections"
+    assert figures[f"{invented}: answers to valid clients"].value > 0
+    for how_many in ("10 %", "3 times the capacity"):
+        assert figures[f"{invented}, at {how_many}: valid keys refused"].value == 0
+    assert figures[f"{invented}, at 10 %: valid clients' p99, flooded / quiet"].goal == flood.FOREIGN_GOAL
 
 
 def test_the_ratio_of_a_flood_is_of_p99s_and_a_stalled_window_does_not_decide_it() -> None:
