@@ -300,9 +300,13 @@ def bound_until(house: House, clock: ManualClock) -> list[tuple[str, str]]:
 
 
 def watch(front: Front, house: House) -> None:
-    before = set(threading.enumerate())
+    before = watchers()
     assert front.ask(made(front, house, watch=False)) == 200
-    assert set(threading.enumerate()) <= before
+    assert watchers() <= before
+
+
+def watchers() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "papaours-auth-watcher"}
 
 
 def on_outage(front: Front, house: House) -> None:

@@ -189,6 +189,117 @@ def test_ten_calls_are_ten_events_although_no_body_is_closed(
     assert [(event.status, event.outcome) for event in kept.events()] == [(200, "completed")] * 10
 
 
+def test_a_body_that_is_whole_in_its_first_piece_is_recorded_although_nobody_reads_it(
+    authenticator: Authenticator, kept: Kept
+) -> None:
+    """As Flask's are, in tests that look at the status alone."""
+    app = Flask(__name__)
+    app.add_url_rule("/contracts", view_func=lambda: {"contracts": []})
+    app.wsgi_app = PapaoursAuthMiddleware(  # type: ignore[method-assign]
+        app.wsgi_app, authenticator=authenticator, usage=kept.recorder
+    )
+    client = app.test_client()
+    for _ in range(10):
+        assert client.get("/contracts", headers=HEADERS).status_code == 200
+    assert [(event.status, event.outcome) for event in kept.events()] == [(200, "completed")] * 10
+
+
+class OfC:
+    """A file wrapper that takes no attribute."""
+
+    __slots__ = ("file",)
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.file)
+
+
+def as_uwsgi_has_it(file: Any, block_size: int) -> Any:
+    """It knows what it gave by identity, and asks it for a file number."""
+    assert (block_size, file.read(1), list(file)) == (8192, b"a", [b"b"])
+    return file
+
+
+@pytest.mark.parametrize("wrapper", [OfC, as_uwsgi_has_it])
+def test_a_file_is_recorded_whatever_the_servers_wrapper_is(
+    authenticator: Authenticator, kept: Kept, wrapper: Any
+) -> None:
+    file = io.BytesIO(b"ab")
+    given: list[Any] = []
+
+    def answers(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [])
+        given.append(environ["wsgi.file_wrapper"](file))
+        return given[0]
+
+    guarded = PapaoursAuthMiddleware(answers, authenticator=authenticator, usage=kept.recorder)
+    body: Any = guarded(environ_of(headers=HEADERS) | {"wsgi.file_wrapper": wrapper}, lambda *_: bytes)
+    assert body is given[0]
+    if wrapper is as_uwsgi_has_it:
+        assert kept.events() == []
+        body.close()
+        assert file.closed
+    assert [(event.status, event.outcome) for event in kept.events()] == [(200, "completed")]
+
+
+def test_a_file_that_a_server_closes_amid_an_error_is_gone(authenticator: Authenticator, kept: Kept) -> None:
+    def answers(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [])
+        return environ["wsgi.file_wrapper"](io.BytesIO(b"ab"))
+
+    guarded = PapaoursAuthMiddleware(answers, authenticator=authenticator, usage=kept.recorder)
+    body: Any = guarded(environ_of(headers=HEADERS) | {"wsgi.file_wrapper": Wrapper}, lambda *_: bytes)
+    with pytest.raises(BrokenPipeError):
+        try:
+            raise BrokenPipeError
+        finally:
+            body.close()
+    assert [event.outcome for event in kept.events()] == ["gone"]
+
+
+def test_text_is_no_servers_to_send(authenticator: Authenticator, kept: Kept) -> None:
+    bodies: list[Any] = [["text"], iter(["text"])]
+
+    def answers(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [])
+        return bodies.pop()
+
+    guarded = PapaoursAuthMiddleware(answers, authenticator=authenticator, usage=kept.recorder)
+    for _ in range(2):
+        handed: Any = guarded(environ_of(headers=HEADERS), lambda *_: bytes)
+        assert list(handed) == ["text"]
+    assert [(event.status, event.outcome) for event in kept.events()] == [(0, "failed")] * 2
+
+
+def test_a_server_without_write_gives_none(authenticator: Authenticator) -> None:
+    given: list[Any] = []
+
+    def answers(environ: Any, start_response: Any) -> list[bytes]:
+        given.append(start_response("200 OK", []))
+        return []
+
+    nothing: Any = lambda *_: None  # noqa: E731 - as granian's
+    PapaoursAuthMiddleware(answers, authenticator=authenticator)(environ_of(headers=HEADERS), nothing)
+    assert given == [None]
+
+
+@pytest.mark.parametrize("usage", [False, True])
+def test_a_file_without_wrapper_is_sent_as_any_iterable(
+    authenticator: Authenticator, kept: Kept, usage: bool
+) -> None:
+    def answers(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [])
+        return io.BytesIO(b"a\nb")
+
+    guarded = PapaoursAuthMiddleware(
+        answers, authenticator=authenticator, usage=kept.recorder if usage else None
+    )
+    assert run_wsgi(guarded, environ_of(headers=HEADERS))[2] == b"a\nb"
+    assert [event.outcome for event in kept.events()] == ["completed"] * usage
+
+
 def test_a_status_that_comes_too_late_is_not_the_one_recorded(
     authenticator: Authenticator, kept: Kept
 ) -> None:

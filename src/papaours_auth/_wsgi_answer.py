@@ -49,6 +49,7 @@ class Answer:
     """The answer to one request. ``identity``: whom the guard found, None for an anonymous or a refused caller."""
 
     # Of the class until they change.
+    _headers: list[tuple[str, str]] = []  # noqa: RUF012 - replaced, never written to
     _said = ""  # the status, as the app said it last before anything was sent
     _sent = False
     _call: Call | None = None
@@ -127,7 +128,7 @@ class Answer:
             # This raises if the status has been sent.
             self._write = self._start_response(status, headers, exc_info)
         if not self._sent:
-            self._said = status
+            self._said, self._headers = status, headers
             if self._call is not None:  # now: Flask forgets its request before the app returns
                 self._call.route = self._route()
         write: object = self._write
@@ -253,7 +254,16 @@ class Answer:
             return answered
         if isinstance(first, str):
             self.end(_FAILED)
+        elif self._call is not None and self._is_all(first):
+            self._complete()
         return _wrapped(self, body, chain((first,), pieces))
+
+    def _is_all(self, first: bytes) -> bool:
+        """Whether the first piece is as long as the whole: then it is with a body as with a list, read or not."""
+        for name, value in self._headers:  # no any(): its generator costs 500 ns an answer
+            if name.lower() == "content-length":
+                return value == str(len(first))
+        return False
 
     def _closing_noted(self, body: Any) -> Iterable[bytes]:  # Any: a server's own type
         """Return what the server's own file wrapper made, which the server knows by its type and closes."""
