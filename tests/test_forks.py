@@ -181,3 +181,30 @@ assert _fork.in_own_process()
 
 def test_where_the_kernel_wipes_no_page_the_process_id_tells() -> None:
     run_alone("import mmap\nmmap.MAP_ANONYMOUS = -1\n" + BY_ID)
+
+
+SINK = """
+import ctypes, os, sys
+from papaours_auth.usage import Batch
+from papaours_auth.usage.sqlite import SQLiteSink
+
+def batch(producer):
+    return Batch(producer, 1, [], [Refusals(0, "unknown_key", "203.0.113.0/24", 1)])
+
+from papaours_auth.usage.event import Refusals
+sink = SQLiteSink(sys.argv[1])
+sink.write(batch("parent"))
+(mine, _), = sink._idle
+child = ctypes.PyDLL(None).fork()
+if child == 0:
+    sink.write(batch("child"))
+    (its, _), = sink._idle
+    os._exit(its is mine)
+assert os.waitpid(child, 0)[1] == 0
+sink.write(batch("parent again"))
+assert sink._idle[0][0] is mine
+"""
+
+
+def test_pitfall_46_a_sink_in_a_file_uses_no_connection_of_its_parents(tmp_path: Path) -> None:
+    run_alone(f"import sys\nsys.argv[1:] = [{str(tmp_path / 'usage.db')!r}]\n{SINK}")

@@ -94,6 +94,7 @@ class PrometheusSink:
 
     def write(self, batch: Batch) -> None:
         """Count a batch, unless this process has."""
+        notice_fork()
         with self._lock:
             tally = self._tallier.tally(batch)
             if tally is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 from urllib.parse import quote
 
-from .._fork import hold_across_fork
+from .._fork import hold_across_fork, notice_fork
 from ..exceptions import StoreUnavailable
 from ..stores.sqlite_wal import turn_to_wal
 from . import rollup
@@ -91,6 +91,7 @@ class SQLiteSink:
             self.close()
 
     def _take(self) -> tuple[sqlite3.Connection, _File | None]:
+        notice_fork()
         file = _file(self.path)
         try:
             connection, opened = self._idle.pop()
