@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from flask import Blueprint, Flask, jsonify, request
+from flask import Blueprint, Flask, jsonify, redirect, request
 from flask.views import MethodView
 from werkzeug.exceptions import Forbidden, HTTPException
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
@@ -274,6 +274,24 @@ def test_an_error_of_a_view_that_reaches_the_server_is_recorded(blocking: Authen
     with pytest.raises(LookupError):
         app.test_client().get("/fails", headers=KEY)
     assert [(event.status, event.outcome) for event in kept.events()] == [(0, "failed")]
+
+
+def test_requests_whose_environ_is_copied_are_each_recorded(blocking: Authenticator, kept: Kept) -> None:
+    """As Werkzeug's test client has it when it follows a redirection."""
+    app, auth = app_of(blocking, usage=kept.recorder, exempt=["/asked/*"])
+    app.add_url_rule("/old", view_func=lambda: redirect("/new"))
+    app.add_url_rule("/new", "new", lambda: redirect("/asked/1"))
+    app.add_url_rule(
+        "/asked/<name>", "asked", auth.required(lambda name: redirect("/asked/2") if name == "1" else "")
+    )
+    client = app.test_client()
+    for headers in (KEY, BAD):
+        client.get("/old", headers=headers, follow_redirects=True)
+        client.get("/asked/1", headers=headers)
+    routes = [event.route for event in kept.events()]
+    assert routes == ["/old", "/new", "/asked/<name>", "/asked/<name>", "/asked/<name>"]
+    counted = [entry[1:] for batch in kept.batches for entry in batch.refusals]
+    assert counted == [("malformed_key", "127.0.0.0/24", 2)]
 
 
 # several guards on one app

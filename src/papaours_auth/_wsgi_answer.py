@@ -37,7 +37,7 @@ ASKED: Final = "papaours.asked"
 REFUSED: Final = "papaours.refused"
 """Where in an environ it is noted that a `Refused` was answered below a guard, for what the guard records."""
 _RECORDERS: Final = "papaours.recorders"
-"""Where in an environ the recorders are listed that have this call: each records it once, whatever is nested."""
+"""Where in an environ the recorders are listed that have this call, with it: each has it once, whatever is nested."""
 _FILE_WRAPPER: Final = "wsgi.file_wrapper"
 # Bound once: to name a member of an enum costs 100 ns.
 _COMPLETED, _FAILED, _GONE = Outcome.COMPLETED, Outcome.FAILED, Outcome.GONE
@@ -75,16 +75,21 @@ class Answer:
         if wrapper is not None and not isinstance(wrapper, type):
             environ[_FILE_WRAPPER] = partial(self._wrap_file, wrapper)
         recorders = environ.setdefault(_RECORDERS, [])
-        if recorder in recorders:
-            return  # a guard further out records this call there
+        if (
+            recorders
+        ):  # of guards further out, or of a request that this environ was copied from, and that has ended
+            environ.pop(REFUSED, None)
+            recorders[:] = [(kept, call) for kept, call in recorders if call is not None and not call.outcome]
+            if _has(recorders, recorder):
+                return  # a guard further out records this call there
         self._recorder = recorder
         if self._identity is None:
             self._began = _monotonic()
         else:
-            recorders.append(recorder)
             self._call = begin_call(
                 self._identity, self._guard.client_of(environ), environ.get("REQUEST_METHOD", "")
             )
+            recorders.append((recorder, self._call))
 
     def run(self, app: WSGIApplication) -> Iterable[bytes]:
         """Call the app, and return what the server is to send."""
@@ -303,7 +308,7 @@ class Answer:
         else:
             caller = refused.known
         found = self._identity is not None
-        if recorder is None or self._call is not None or recorder in environ[_RECORDERS]:
+        if recorder is None or self._call is not None or _has(environ[_RECORDERS], recorder):
             return found
         if caller is not None:
             client, reason = self._guard.client_of(environ), refused.reason.value if refused else ""
@@ -313,7 +318,7 @@ class Answer:
             recorder.refused(refused.reason, self._guard.client_of(environ))
         else:
             return found
-        environ[_RECORDERS].append(recorder)
+        environ[_RECORDERS].append((recorder, self._call))
         return found
 
     def _describe(self, call: Call, status: str) -> None:
@@ -398,6 +403,10 @@ def _close(body: Iterable[bytes]) -> None:
     close = getattr(body, "close", None)
     if close is not None:
         close()
+
+
+def _has(recorders: list[tuple[Recorder, Call | None]], recorder: Recorder) -> bool:
+    return any(kept is recorder for kept, _ in recorders)
 
 
 def note(environ: WSGIEnvironment, refused: Refused) -> None:
