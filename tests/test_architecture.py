@@ -92,7 +92,15 @@ LAYERS = [
         "throttle_storage.py",
     },
     {"__init__.py", "_middleware.py", "readiness.py"},
-    {"_asgi_guard.py", "_asgi_answer.py", "_asgi_lifespan.py", "asgi.py", "wsgi.py", "_wsgi_answer.py"},
+    {
+        "_asgi_guard.py",
+        "_asgi_answer.py",
+        "_asgi_lifespan.py",
+        "_asgi_paths.py",
+        "asgi.py",
+        "wsgi.py",
+        "_wsgi_answer.py",
+    },
     {
         "starlette.py",
         "fastapi.py",

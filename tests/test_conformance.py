@@ -215,7 +215,7 @@ ROWS = [
     refused("pitfall 10: // inside", [], 401, "missing_key", path="/public//x", options=EXEMPT),
     refused("pitfall 10: a backslash", [], 401, "missing_key", path="/public/%5c..%5ccontracts", options=EXEMPT),
     refused("pitfall 10: Host cannot exempt", [("Host", "a.example/healthz?")], 401, "missing_key", options=EXEMPT),
-    anonymous("pitfall 10: mounted under a prefix", [], path="/app/healthz", root="/app", options=EXEMPT),
+    anonymous("pitfall 10: mounted under a prefix", [], path="/app/healthz", root="/app", options={"exempt": ["/healthz", "/app/healthz"]}),
     refused("pitfall 10: the prefix is no part of the path", [], 401, "missing_key", path="/healthz/contracts", root="/healthz", options=EXEMPT),
     Row("a guarded path beside exempt ones", bearer(GOOD), 200, options=EXEMPT),
     Row("standing aside: a caller is found", bearer(GOOD), 200, options=ASIDE, sent=PRIVATE),
@@ -397,7 +397,7 @@ def fastapi_app(estate: Estate, row: Row) -> Any:
     app.add_api_route("/{path:path}", endpoint, methods=METHODS)
     auth.install(app)
     if behind:
-        app.add_middleware(ASGIMiddleware, **options)
+        app.add_middleware(StarletteMiddleware, **options)
     return app
 
 

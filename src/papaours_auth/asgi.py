@@ -10,6 +10,7 @@ from typing import Unpack
 from ._asgi_answer import WAITING, Answer, answer_to, answer_to_somebody, note, respond
 from ._asgi_guard import AnyScope, App, Guard, Message, Receive, Scope, Send, header, identity_of
 from ._asgi_lifespan import run_lifespan
+from ._asgi_paths import is_exempt
 from ._middleware import REFUSAL, MiddlewareOptions, authorized, known
 from .authenticator import AsyncAuthenticator
 from .exceptions import Refused
@@ -45,6 +46,8 @@ class PapaoursAuthMiddleware(Guard):
     A `Refused` that is raised below it is answered too, as long as the answer has not begun.
     """
 
+    _strips = False  # whether the app takes `root_path` off its paths: any app may be behind this one
+
     def __init__(
         self,
         app: App,
@@ -68,7 +71,7 @@ class PapaoursAuthMiddleware(Guard):
             await self._other(kind, scope, receive, send)
             return
         identity = refused = client = None
-        if self._everything or self.gate.guards(_path(scope)):
+        if self._everything or not is_exempt(self.gate, scope, strips=self._strips):
             key = b""
             try:
                 key, client = self._presented(scope)
@@ -172,12 +175,3 @@ def require(scope: AnyScope, *rights: str, organisation: str | Unset = UNSET) ->
     except Refused as refused:
         note(scope, refused)
         raise
-
-
-def _path(scope: Scope) -> str:
-    """Return the application's own path: ``root_path`` is part of ``path`` (ASGI 2.4) and is taken off."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
-        return path[len(root) :]
-    return path

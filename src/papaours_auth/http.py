@@ -245,12 +245,12 @@ def _bearer(value: bytes) -> bytes | None:
 # Whom a path lets pass
 
 
-_MISREAD: Final = re.compile(r"[\\;%]")
-"""What something behind us might read anew: a backslash as a slash, parameters, a second layer of encoding."""
+_MISREAD: Final = re.compile(r"[\\;%?#]")
+"""What something behind us might read anew: a backslash as a slash, parameters, a second encoding, a URL's parts."""
 
 
-def _plain(path: str) -> bool:
-    """Tell whether a path can be read in one way only."""
+def is_plain(path: str) -> bool:
+    """Return whether a path can be read in one way only."""
     return (
         path.startswith("/")
         and "//" not in path
@@ -272,7 +272,7 @@ class Paths:
         folders: set[str] = set()
         for pattern in patterns:
             whole = pattern.removesuffix("*")
-            if not _plain(whole) or "*" in whole or (whole != pattern and not whole.endswith("/")):
+            if not is_plain(whole) or "*" in whole or (whole != pattern and not whole.endswith("/")):
                 raise ConfigurationError(
                     f"{option}: {pattern!r} is neither a path like '/healthz' nor a folder like '/public/*'"
                 )
@@ -378,7 +378,7 @@ class Gate:
     def guards(self, path: str) -> bool:
         """Tell whether a path needs a key."""
         path = path or "/"
-        return self._exempt is None or not _plain(path) or path not in self._exempt
+        return self._exempt is None or not is_plain(path) or path not in self._exempt
 
     def client(self, peer: str, forwarded_for: bytes | None) -> str | None:
         """Return the client's address: the peer's, or the last one before the proxies that are trusted.

@@ -63,8 +63,11 @@ ANONYMOUS: Final = Anonymous()
 class PapaoursAuthMiddleware(asgi.PapaoursAuthMiddleware):
     """The ASGI middleware for Starlette and FastAPI. The `Identity` is ``request.user`` and ``request.auth`` too.
 
-    A user that another middleware found stays on a request without a key. Options: see `papaours_auth.asgi.Guard`.
+    A user that another middleware found stays on a request without a key. Exempt paths are read as Starlette reads
+    them, below the server's root path. Options: see `papaours_auth.asgi.Guard`.
     """
+
+    _strips = True
 
     def __init__(
         self,

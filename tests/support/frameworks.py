@@ -17,6 +17,11 @@ OPEN, GUARDED = "open", "guarded"
 EXEMPT = ["/healthz", "/public/*"]
 
 
+def store_of_environment() -> str:
+    """Return the store's URL, for a server's process."""
+    return os.environ["PAPAOURS_STORE"]
+
+
 def ask(scope: Any) -> str:
     """Do what the guarded route does: refuse where the path says so."""
     path = scope["path"]

@@ -25,6 +25,14 @@ COMMANDS: Mapping[str, Callable[[str, int], list[str]]] = {
     "uvicorn": lambda app, port: ["uvicorn", app, f"--port={port}"],
     "granian": lambda app, port: ["granian", app, "--interface=asgi", f"--port={port}"],
     "hypercorn": lambda app, port: ["hypercorn", app, f"--bind=127.0.0.1:{port}"],
+    # Below a root path, each by its own option.
+    "uvicorn-api": lambda app, port: ["uvicorn", app, f"--port={port}", "--root-path=/api"],
+    "uvicorn-api-slash": lambda app, port: ["uvicorn", app, f"--port={port}", "--root-path=/api/"],
+    "hypercorn-api": lambda app, port: ["hypercorn", app, f"--bind=127.0.0.1:{port}", "--root-path=/api"],
+    "granian-api": lambda app, port: [
+        *("granian", app, "--interface=asgi", f"--port={port}", "--url-path-prefix=/api")
+    ],
+    "daphne-api": lambda app, port: ["daphne", f"--port={port}", "--root-path=/api", app],
     "hypercorn-trio": lambda app, port: ["hypercorn", app, f"--bind=127.0.0.1:{port}", "--worker-class=trio"],
     "gunicorn": lambda app, port: ["gunicorn", app, f"--bind=127.0.0.1:{port}", "--workers=2"],
     # The app, its store and its watcher are there before the fork.
