@@ -44,10 +44,17 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def run(plan: Plan) -> list[dict[str, Any]]:
-    """Run the app and its forks in a process of its own, unmeasured: see `support.alone`."""
+    """Run the app and its forks. Gives what each process says."""
+    reports: list[dict[str, Any]] = json.loads(run_script("support.c_forks", json.dumps(plan)))
+    assert not [report for report in reports if "failed" in report], reports
+    return reports
+
+
+def run_script(name: str, *arguments: str) -> str:
+    """Run a script in a process of its own, unmeasured (see `support.alone`). Gives what it writes."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
     process = subprocess.Popen(
-        [sys.executable, "-m", "support.c_forks", json.dumps(plan)],
+        [sys.executable, "-m", name, *arguments],
         env={**environ, "PYTHONPATH": str(TESTS)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -60,9 +67,7 @@ def run(plan: Plan) -> list[dict[str, Any]]:
         os.killpg(process.pid, signal.SIGKILL)
         pytest.fail(f"a process hangs: {process.communicate()[1]}")
     assert process.returncode == 0, errors
-    reports: list[dict[str, Any]] = json.loads(output)
-    assert not [report for report in reports if "failed" in report], (reports, errors)
-    return reports
+    return output
 
 
 def stored(path: Path) -> Counter[str]:
@@ -122,6 +127,15 @@ def test_pitfall_46_a_child_that_has_not_noticed_yet_trusts_its_cache_no_longer_
         assert report["late"] <= MAX_STALENESS
         assert report["ok"], report
     assert max(report["late"] for report in children) > 0  # it was the cache that let them in
+
+
+@pytest.mark.parametrize("store_url", ["sqlite", "postgresql", "redis"], indirect=True)
+def test_pitfall_46_a_child_has_locks_of_its_own_whoever_held_those_of_its_parent(
+    store_url: str, tmp_path: Path
+) -> None:
+    held = run_script("support.locked", store_url, str(tmp_path)).splitlines()
+    assert {"Recorder._starting", "Spooled._tending", "Cache.lock", "Throttle._lock"} <= {*held}
+    assert len(held) > 25, held
 
 
 ONE_FAILS = """
