@@ -11,7 +11,7 @@ WORKERS ?= auto
 PYTEST = $(if $(BARE),PAPAOURS_BARE=1) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-quick test-all test-lowest check simulate usage-faults bench bench-guard bench-report clean
+.PHONY: demo test test-quick test-all test-lowest check simulate mutants usage-faults bench bench-guard bench-report clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/papaours-auth demo $(if $(KEEP),--keep)
@@ -45,6 +45,11 @@ check: $(VENV)/.check
 simulate: $(VENV)/.test
 	@PYTHONPATH=tests $(BIN)/python -m simulation $(if $(SEED),--seed $(SEED),--count $(or $(COUNT),10000)) $(ARGS)
 
+# Small changes of the core, one at a time: does a test notice? Remembers what was found (.mutants.json). Not in CI.
+# ARGS='--module cache.py' for one module; ARGS=--fresh to begin anew. See docs/design/mutants.md.
+mutants: $(VENV)/.test
+	@PYTHONPATH=tests nice -n 10 $(BIN)/python -m mutants $(ARGS)
+
 # 200,000 calls through real servers and faults; `make test` has a tenth of them.
 usage-faults: $(VENV)/.test
 	PAPAOURS_FAULT_SCALE=1 $(BIN)/python -m pytest tests/test_usage_faults.py --durations=0 $(ARGS)
@@ -66,7 +71,7 @@ bench-guard: $(VENV)/.test
 	$(BIN)/python -m benchmarks.guard
 
 clean:
-	rm -rf .venv* dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
+	rm -rf .venv* dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* .mutants.json
 
 $(VENV)/.pip: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "papaours-auth needs Python 3.11 or later, and none is on the PATH: install one, or say PYTHON=/path/to/python3"; exit 1; }

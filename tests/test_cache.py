@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
 import pytest
 
 from papaours_auth import Identity, Key, Machine, Reason
-from papaours_auth.cache import CLOCK_SHIFT, Cache
+from papaours_auth.cache import CLOCK_SHIFT, Cache, Entry
 from papaours_auth.model import Record
 from papaours_auth.stores import Epoch, News, PepperRecord, Reading
 from papaours_auth.verify import Standing
@@ -190,6 +191,17 @@ def test_pitfall_15_amendment_03_a_fill_is_kept_only_if_it_is_of_the_epoch_last_
     bench.hear(epoch(5), *[("machine.created", "x")] * 4)
     assert bench.keep(b"d", record(), epochs) == outcome
     assert bench.believes(b"d") is outcome[1]
+
+
+def test_an_entry_is_open_where_there_is_somebody_to_let_in() -> None:
+    for said, is_open in (
+        (standing(record()), True),
+        (standing(record())._replace(reason=Reason.KEY_INACTIVE), False),
+        (standing(record())._replace(networks=(ip_network("192.0.2.0/24"),)), False),
+        (standing(None), False),
+        (Standing(None, None), False),
+    ):
+        assert Entry(b"d", said, 1.0, 2.0, (0,)).open is is_open
 
 
 # forgetting

@@ -12,7 +12,7 @@ import pytest
 from papaours_auth import Grant, Identity, InvalidInput, Key, KeyFormat, Machine, PepperRing, Reason, Refused
 from papaours_auth.digest import Candidate, Pepper
 from papaours_auth.model import Record
-from papaours_auth.verify import PARTITIONS, Claim, authorize, decide, partition, read
+from papaours_auth.verify import PARTITIONS, Claim, Standing, admit, authorize, decide, partition, read
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 DIGEST = b"d" * 32
@@ -170,6 +170,13 @@ def test_partitions_are_spread_and_do_not_depend_on_the_pepper() -> None:
         assert len(partitions) == 1
         seen |= partitions
     assert seen == set(range(PARTITIONS))
+
+
+def test_a_standing_that_says_nothing_lets_nobody_in() -> None:
+    """`stand` makes none, but whoever builds one by hand must not get an identity of None for an answer."""
+    answer = admit(Standing(None, None), client=None, needs=None)
+    assert isinstance(answer, Refused)
+    assert answer.reason is Reason.UNKNOWN_KEY
 
 
 def test_the_number_of_partitions_is_written_into_stores() -> None:
