@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, TypeAlias
 
-from sqlalchemy import BigInteger, Connection, Join, Select, bindparam, literal_column, select, true
+from sqlalchemy import BigInteger, Connection, Select, Subquery, bindparam, literal_column, select, true
 
 from ..exceptions import ConfigurationError, StoreUnavailable
 from ..model import Record
@@ -42,9 +42,10 @@ class Statements:
     @cached_property
     def lookup(self) -> Select[Any]:
         """A key with its machine, by any of some digests, and the tip: one snapshot."""
-        digests, keys, machines = self.tables.digests, self.tables.keys, self.tables.machines
+        meta, digests = self.tables.meta, self.tables.digests
+        keys, machines = self.tables.keys, self.tables.machines
         wanted = digests.c.digest.in_(bindparam("digests", expanding=True))
-        return (
+        kept = (
             select(
                 *self._mark,
                 digests.c.digest,
@@ -52,17 +53,18 @@ class Statements:
                 *(machines.c[name] for name in MACHINE_COLUMNS),
             )
             .select_from(
-                self._asked.outerjoin(digests, wanted)
+                meta.outerjoin(digests, wanted)
                 .outerjoin(keys, keys.c.id == digests.c.key_id)
                 .outerjoin(machines, machines.c.id == keys.c.machine_id)
             )
-            .limit(1)
+            .subquery("kept")
         )
+        return _in_any_case(kept).limit(1)
 
     @cached_property
     def tip(self) -> Select[Any]:
         """The tip alone: no row where there is none."""
-        return select(*self._mark).select_from(self.tables.meta)
+        return select(_WORD, *self._mark)
 
     @cached_property
     def log(self) -> Select[Any]:
@@ -81,21 +83,22 @@ class Statements:
     def describe(self) -> Select[Any]:
         """Whose store it is, its tip, and its peppers: one snapshot."""
         meta, peppers = self.tables.meta, self.tables.peppers
-        return (
+        kept = (
             select(*self._mark, meta.c.minted_only, peppers.c.id, peppers.c.proof, peppers.c.status)
-            .select_from(self._asked.outerjoin(peppers, true()))
-            .order_by(peppers.c.id)
+            .select_from(meta.outerjoin(peppers, true()))
+            .subquery("kept")
         )
+        return _in_any_case(kept).order_by(kept.c.id)
 
     @property
     def _mark(self) -> tuple[Any, ...]:
         meta = self.tables.meta.c
-        return _WORD, meta.installation, meta.schema_version, meta.seq, meta.nonce
+        return meta.installation, meta.schema_version, meta.seq, meta.nonce
 
-    @property
-    def _asked(self) -> Join:
-        """One row in any case, so that the word comes back where nothing is found too."""
-        return _ONE.outerjoin(self.tables.meta, true())
+
+def _in_any_case(kept: Subquery) -> Select[Any]:
+    """Select the word and what is kept: one row where nothing is, so that the word comes back then too."""
+    return select(_WORD, *kept.c).select_from(_ONE.outerjoin(kept, true()))
 
 
 def read_tip(row: Row | None) -> Epoch:
