@@ -28,6 +28,8 @@ from papaours_auth.usage.sqlite import SQLiteSink
 from papaours_auth.usage.watch import Watch
 from support.commands import CLOSED, NO_READER, Commands, Done, commands, leaves
 
+pytestmark = pytest.mark.slow
+
 MACHINE, KEY = "Service de facturation", "Production - Service Facturation"
 SEED = "pk_prod_abc123def456ghi789"
 FULL = "/dev/full"

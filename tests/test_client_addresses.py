@@ -18,6 +18,7 @@ import pytest
 
 from papaours_auth import Keys, open_store
 from papaours_auth.digest import new_pepper, parse_peppers
+from support.run import bound
 from support.servers import APPS, stop, wait_until
 
 INSIDE, OUTSIDE = "198.51.100.7", "203.0.113.9"
@@ -214,7 +215,7 @@ def serving(command: Sequence[str], address: str, estate: Estate, folder: Path) 
     environ = {**os.environ, **estate.environ, "PYTHONPATH": os.pathsep.join([str(APPS), str(folder)])}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, *command],
+            bound([sys.executable, *command]),
             env=environ,
             cwd=folder,
             stdout=output,

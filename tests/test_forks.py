@@ -19,6 +19,7 @@ import pytest
 from support.alone import run_alone
 from support.c_forks import CALLS, CHILDREN, MAX_STALENESS, Plan
 from support.redis_servers import NEWEST, redis_server
+from support.run import bound
 from support.sql_servers import SQLServer
 
 TESTS = Path(__file__).resolve().parent
@@ -54,7 +55,7 @@ def run_script(name: str, *arguments: str) -> str:
     """Run a script in a process of its own, unmeasured (see `support.alone`). Gives what it writes."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
     process = subprocess.Popen(
-        [sys.executable, "-m", name, *arguments],
+        bound([sys.executable, "-m", name, *arguments]),
         env={**environ, "PYTHONPATH": str(TESTS)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -17,6 +17,7 @@ import pytest
 
 from papaours_auth import Keys, open_store, parse_peppers
 from support.counted import House
+from support.run import bound
 from support.servers import APPS, is_stopped, wait_until
 
 MAX_STALENESS = 2.0
@@ -59,7 +60,7 @@ def function(house: House, lifespan: str, *, spool: bool) -> Iterator[Function]:
         "PYTHONPATH": str(APPS.parent),
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "support.lambda_runtime"],
+        bound([sys.executable, "-m", "support.lambda_runtime"]),
         env=environ,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

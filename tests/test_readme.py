@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
+from support.run import bound
 from support.servers import stop, wait_until
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
@@ -118,7 +119,12 @@ def port(request: pytest.FixtureRequest, pasted: Pasted, tmp_path: Path) -> Iter
     log = tmp_path / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=tmp_path, env=pasted.environ, stdout=output, stderr=output, start_new_session=True
+            bound(command),
+            cwd=tmp_path,
+            env=pasted.environ,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
     try:
         wait_until(lambda: listens(process, port), 60, what=log.read_text)
