@@ -113,7 +113,9 @@ def test_a_server_that_takes_no_changes_says_why_in_a_script_too(server: RedisSe
 )
 def test_a_permission_that_a_script_lacks_is_told_as_one(server: RedisServer, what: str, within: str) -> None:
     """No version says NOPERM there."""
-    server.say("ACL", "SETUSER", "u", "on", ">p", "~k", "resetchannels", "+eval", "+hset", "+publish")
+    server.say(
+        "ACL", "SETUSER", "u", "on", ">p", "~k", "resetchannels", "+eval", "+hset", "+publish", "+ping"
+    )
     assert answered(server, IN_SCRIPT, "u:p@") == ""
     assert "lacks a permission" in answered(server, ("SET", "k", "b"), "u:p@")
     assert "lacks a permission" in answered(server, ("EVAL", within, 1, "k"), "u:p@")
@@ -134,7 +136,7 @@ def test_a_change_refused_by_a_primary_that_was_replaced_is_made_at_the_next_try
 ) -> None:
     """Changes are scripts, where Redis 6.2 says READONLY in its own way: the same node was asked for ever."""
     with redis_sentinel(binary, tmp_path) as (primary, replica, sentinel):
-        url = f"redis+sentinel://{sentinel.address}/keys?timeout=5"
+        url = f"redis+sentinel://{sentinel.address}/keys?timeout=5&wait_replicas=1&wait_timeout=3000"
         with contextlib.closing(open_store(url, create=True)) as store:
             keys = Keys(store, peppers=ring)
             primary.say("REPLICAOF", "127.0.0.1", str(replica.port))

@@ -113,12 +113,16 @@ def _bearing(commands: Sequence[Command], word: bytes) -> list[Command]:
     return given if any(command[-1] is WORD for command in commands) else [*given, ("PING", word)]
 
 
-def _checked(commands: Sequence[Command], replies: list[Any], word: bytes) -> list[Any]:
-    """Take the word out of the replies. Raises `Stray` where it is another; an error bears none, and is no answer."""
+def _checked(ask: Ask, replies: list[Any], word: bytes) -> list[Any]:
+    """Take the word out of the replies. Raises `Stray` where it is another; an error bears none, and is no answer.
+
+    A Sentinel before Redis 7 takes no word (PING is all it has). It says who is asked next, not who comes in.
+    """
+    commands = ask.commands
     if len(replies) > len(commands):
         last = replies.pop()
         if isinstance(last, ResponseError):
-            if not any(isinstance(reply, ResponseError) for reply in replies):
+            if not ask.node.sentinel and not any(isinstance(reply, ResponseError) for reply in replies):
                 raise refused(last)
         elif last != word:
             raise _stray()
@@ -295,7 +299,7 @@ class Wire:
                     self.discard(ask.node)
                     continue
                 try:
-                    replies = _checked(ask.commands, replies, word)
+                    replies = _checked(ask, replies, word)
                 except StoreUnavailable:
                     link.disconnect()
                     self.discard(ask.node)
@@ -493,7 +497,7 @@ class AsyncWire:
                     await link.connect()
                 word = os.urandom(_WORD_LENGTH)
                 replies = await _converse(link, _bearing(ask.commands, word))
-                replies = _checked(ask.commands, replies, word)
+                replies = _checked(ask, replies, word)
                 done = True
             except Stray:
                 await mine.discard(ask.node)
