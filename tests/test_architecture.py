@@ -100,6 +100,7 @@ LAYERS = [
         "asgi.py",
         "wsgi.py",
         "_wsgi_answer.py",
+        "_wsgi_body.py",
     },
     {
         "starlette.py",

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from http import HTTPStatus
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
 from ._middleware import recordable, vouched
+from ._wsgi_body import File, close, wrapped
 from .exceptions import Refused
 from .http import Answer as HTTPAnswer
 from .http import render, status_of
@@ -101,14 +102,14 @@ class Answer:
                 raise
             return answered
         if self._instead is not None:
-            _close(body)
+            close(body)
             return self._instead
         if isinstance(body, (list, tuple)):
             if self._call is not None:
                 if body and isinstance(body[0], str):
                     self.end(_FAILED)  # no server takes text
                 else:
-                    self._complete()
+                    self.complete()
             return body
         return self._handed_on(body)
 
@@ -116,7 +117,7 @@ class Answer:
         """Answer a request that the guard itself refuses."""
         answer = answer_to_refused(self._environ, refused)
         self.start(answer.status_line, list(answer.headers))
-        self._complete()
+        self.complete()
         return self._body_of(answer)
 
     def start(
@@ -200,21 +201,19 @@ class Answer:
             raise
         finally:
             del said  # no cycle of an error and its frame
-        self._complete()
+        self.complete()
         return self._body_of(answer)
 
     def _body_of(self, answer: HTTPAnswer) -> list[bytes]:
         return [] if self._environ.get("REQUEST_METHOD") == "HEAD" else [answer.body]
 
-    def _complete(self) -> None:
+    def complete(self) -> None:
         """Note that the server has the whole answer."""
         call, self._call = self._call, None
         if call is not None and self._recorder is not None:
             if not self._sent:
                 self._describe(call, self._said)
             self._recorder.done(call, _COMPLETED if self._said else _FAILED)
-
-    whole = _complete
 
     def _handed_on(self, body: Iterable[bytes]) -> Iterable[bytes]:
         """Return a body that is no list: a file, another iterable, or what only the server can complain of."""
@@ -225,7 +224,7 @@ class Answer:
             self.end(_FAILED)
             return body
         if isinstance(body, bytes):  # PEP 3333 forbids it, and uWSGI takes it
-            self._complete()
+            self.complete()
             return body
         if self._recorder is None:
             if hasattr(body, "read"):  # uWSGI knows a file that it is to send by its identity
@@ -249,19 +248,19 @@ class Answer:
         try:
             first = next(pieces)
         except StopIteration:
-            self._complete()
-            return body if pieces is body else _wrapped(self, body, pieces)
+            self.complete()
+            return body if pieces is body else wrapped(self, body, pieces)
         except BaseException as error:
             answered = self._caught(error)
-            _close(body)
+            close(body)
             if answered is None:
                 raise
             return answered
         if isinstance(first, str):
             self.end(_FAILED)
         elif self._call is not None and self._is_all(first):
-            self._complete()
-        return _wrapped(self, body, chain((first,), pieces))
+            self.complete()
+        return wrapped(self, body, chain((first,), pieces))
 
     def _is_all(self, first: bytes) -> bool:
         """Whether the first piece is as long as the whole: then it is with a body as with a list, read or not."""
@@ -277,12 +276,12 @@ class Answer:
             try:
                 body.close = partial(self._closed, getattr(body, "close", None))
             except AttributeError:  # a type made in C
-                self._complete()
+                self.complete()
         return body  # type: ignore[no-any-return]  # as above
 
     def _wrap_file(self, wrapper: Callable[..., object], file: Any, block_size: int = 8192) -> object:
         """Be the ``wsgi.file_wrapper`` of a server whose own one is a function (uWSGI)."""
-        self._file = wrapper(_File(file, partial(self._closed, getattr(file, "close", None))), block_size)
+        self._file = wrapper(File(file, partial(self._closed, getattr(file, "close", None))), block_size)
         return self._file
 
     def _closed(self, close: Callable[[], object] | None) -> None:
@@ -335,74 +334,6 @@ class Answer:
 
     def _route(self) -> str:
         return recordable(route_of(self._environ), self._guard.authenticator.format)
-
-
-class _Pieces:
-    """A body that is neither a list nor a file, and how it ends."""
-
-    __slots__ = ("_answer", "_body", "_pieces")
-
-    def __init__(self, answer: Answer, body: Iterable[bytes], pieces: Iterator[bytes]) -> None:
-        self._answer, self._body, self._pieces = answer, body, pieces
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self._noted() if self._answer.recorded else self._pieces
-
-    def _noted(self) -> Iterator[bytes]:
-        answer = self._answer
-        try:
-            for piece in self._pieces:
-                if piece:  # PEP 3333: headers wait for one that is not empty
-                    answer.sending()
-                    yield piece
-                    break
-                yield piece
-            yield from self._pieces
-        except GeneratorExit:  # perhaps of the garbage collector, anywhere: `close` notes the end
-            raise
-        except BaseException as error:
-            answer.failed(error)
-            raise
-        answer.whole()
-
-    def close(self) -> None:
-        """Close the app's own iterable (PEP 3333: servers call it whatever happens)."""
-        try:
-            _close(self._body)
-        finally:
-            self._answer.end(_GONE)
-
-
-class _Sized(_Pieces):
-    """One that had a length: servers make a Content-Length of it."""
-
-    __slots__ = ()
-
-    def __len__(self) -> int:
-        return len(self._body)  # type: ignore[arg-type]  # `_wrapped` looked
-
-
-def _wrapped(answer: Answer, body: Iterable[bytes], pieces: Iterator[bytes]) -> Iterable[bytes]:
-    return (_Sized if hasattr(body, "__len__") else _Pieces)(answer, body, pieces)
-
-
-class _File:
-    """A file whose closing is noted."""
-
-    def __init__(self, file: Any, close: Callable[[], None]) -> None:  # Any: whatever an app takes for a file
-        self._file, self.close = file, close
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._file)
-
-
-def _close(body: Iterable[bytes]) -> None:
-    close = getattr(body, "close", None)
-    if close is not None:
-        close()
 
 
 def _has(recorders: list[tuple[Recorder, Call | None]], recorder: Recorder) -> bool:
