@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from flask import Flask
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
-from papaours_auth import Authenticator, Reason, Refused
+from papaours_auth import Authenticator, Reason, Refused, wsgi
 from papaours_auth.flask import PapaoursAuth
 from papaours_auth.http import render
 from papaours_auth.wsgi import PapaoursAuthMiddleware
@@ -185,3 +186,49 @@ def test_what_is_answered_keeps_to_pep_3333(blocking: Authenticator) -> None:
         assert b"unknown_key" in b"".join(body)
         body.close()
         assert started[-1] == "401 Unauthorized"
+
+
+def _yields_a_500(environ: Any, start_response: Any) -> Any:
+    try:
+        wsgi.require(environ, "contrats:suppression")
+    except Refused:
+        start_response("500 Oops", [("Content-Length", "4")], sys.exc_info())
+        yield b"oops"
+
+
+def _writes_a_500(environ: Any, start_response: Any) -> Any:
+    try:
+        wsgi.require(environ, "contrats:suppression")
+    except Refused:
+        start_response("500 Oops", [("Content-Length", "4")], sys.exc_info())(b"oops")
+    yield from ()
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("app", [_yields_a_500, _writes_a_500])
+def test_a_generator_that_answers_a_refusal_by_a_500_sends_nothing_of_its_own_body(
+    app: Any, recorded: bool, blocking: Authenticator, kept: Kept
+) -> None:
+    """Under the headers of ours, whose Content-Length is another, a client would wait for the rest."""
+    guarded = PapaoursAuthMiddleware(app, authenticator=blocking, usage=kept.recorder if recorded else None)
+    status, headers, body = run_wsgi(guarded, environ_of(headers=KEY))
+    assert status == "403 Forbidden"
+    assert b"insufficient_rights" in body
+    assert headers["content-length"] == str(len(body))
+    if recorded:
+        assert [(event.status, event.outcome) for event in kept.events()] == [(403, "completed")]
+
+
+def test_an_app_whose_first_piece_the_server_has_answers_a_refusal_itself(blocking: Authenticator) -> None:
+    def late(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [])
+        yield b""  # nothing is sent yet: PEP 3333 lets the app change its mind
+        try:
+            wsgi.require(environ, "contrats:suppression")
+        except Refused:
+            start_response("500 Oops", [("Content-Length", "4")], sys.exc_info())
+            yield b"oops"
+
+    guarded = PapaoursAuthMiddleware(late, authenticator=blocking)
+    status, _, body = run_wsgi(guarded, environ_of(headers=KEY))
+    assert (status, body) == ("500 Oops", b"oops")

@@ -15,6 +15,7 @@ import pytest
 
 from papaours_auth import Identity, Keys, Machine, PepperRing, Reason, StoreUnavailable, open_store
 from papaours_auth.cache import Cache
+from papaours_auth.readiness import readiness_of
 from papaours_auth.stores import Epoch, Feed, News, Reading, Store, sqlite
 from papaours_auth.watcher import FIRST_RETRY, Watcher
 from support.alone import run_alone
@@ -101,6 +102,22 @@ def test_pitfall_18_a_watcher_that_died_is_started_again_by_the_next_uncached_ca
     admin.disable_key(seed)
     wait_until(lambda: door.knock(SEED) is Reason.KEY_INACTIVE, 10, what="the key to be refused")
     assert len(watchers()) == 1
+
+
+def test_a_watcher_that_got_no_thread_is_started_by_the_next_uncached_call(
+    watched: Callable[..., Door], seed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    door = watched(max_staleness=FOR_EVER)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        assert door.knock(SEED) is Reason.STORE_UNAVAILABLE
+        assert not door.authenticator.health().watching
+        assert readiness_of(door.authenticator).status == 503
+    assert isinstance(door.knock(SEED), Identity), "a thread too few of ours is no outage of the store's"
+    assert door.authenticator.health().watching
 
 
 def test_a_store_that_cannot_be_watched_is_logged_once_and_tried_again(

@@ -109,6 +109,6 @@ class Patiences:
         loop = asyncio.get_running_loop()
         found = self._of.get(loop)
         if found is None:
-            self._of = {other: kept for other, kept in self._of.items() if not other.is_closed()}
+            self._of = {other: kept for other, kept in [*self._of.items()] if not other.is_closed()}
             found = self._of[loop] = Patience(self._seconds)
         return found.bound()

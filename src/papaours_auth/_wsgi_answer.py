@@ -56,6 +56,9 @@ class Answer:
     _call: Call | None = None
     _recorder: Recorder | None = None
     _instead: list[bytes] | None = None  # the body of a refusal that took the place of the app's answer
+    _handed = (
+        False  # whether the server has a body whose first piece is the app's: no other can take its place
+    )
     _file: object = None  # what `wsgi.file_wrapper` made, where it is a function
 
     def __init__(
@@ -184,7 +187,7 @@ class Answer:
     def _answered_instead(self, exc_info: ExcInfo | None) -> bool:
         """Answer a `Refused` that the app is about to answer by a 500, as Bottle does with any exception."""
         error = exc_info[1] if exc_info else sys.exc_info()[1]
-        if self._sent or self._instead is not None or not isinstance(error, Refused):
+        if self._sent or self._handed or self._instead is not None or not isinstance(error, Refused):
             return self._instead is not None
         self._instead = self._refuse_late(error)
         return True
@@ -248,14 +251,20 @@ class Answer:
         try:
             first = next(pieces)
         except StopIteration:
-            self.complete()
-            return body if pieces is body else wrapped(self, body, pieces)
+            if self._instead is None:
+                self.complete()
+                return body if pieces is body else wrapped(self, body, pieces)
+            first = b""
         except BaseException as error:
             answered = self._caught(error)
             close(body)
             if answered is None:
                 raise
             return answered
+        if self._instead is not None:
+            close(body)
+            return self._instead
+        self._handed = True
         if isinstance(first, str):
             self.end(_FAILED)
         elif self._call is not None and self._is_all(first):

@@ -424,6 +424,8 @@ class _Engine(Generic[_F]):
     def watch(self) -> None:
         """Start the watcher's thread, whatever the store says, unless it runs. Asks nobody in this thread.
 
+        Raises `Overloaded` where the machine gives no thread for it.
+
         Do not call it before the server forks: a child has no watcher, and starts its own at its first uncached call
         or look at its readiness.
         """
@@ -840,7 +842,7 @@ class AsyncAuthenticator(_Engine["asyncio.Future[_Fetched | None]"]):
             raise self._too_slow() from None
 
     def _meet(self, loop: asyncio.AbstractEventLoop) -> _Loop:
-        for other in [other for other in self._loops if other.is_closed()]:
+        for other in [other for other in [*self._loops] if other.is_closed()]:  # other threads add theirs
             self._loops.pop(other, None)
         made = self._loops[loop] = _Loop(Patience(self._timeout), asyncio.Semaphore(_FOREIGN_AT_ONCE))
         return made

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
+from .exceptions import Overloaded
 from .http import Answer
 from .outage import Health, Unready
 
@@ -46,7 +48,8 @@ class Guarding(Protocol):
 def readiness_of(subject: Watching | Guarding, *, method: str = "GET") -> Answer:
     """Return the answer to a readiness probe, without a body to a HEAD request."""
     authenticator = cast("Watching", getattr(subject, "authenticator", subject))
-    authenticator.watch()
+    with suppress(Overloaded):  # no thread is to be had: then the health tells that nothing was read
+        authenticator.watch()
     return _render(authenticator.health(), method)
 
 

@@ -16,7 +16,7 @@ from typing import Final
 
 from ._locks import WaitingLock
 from .cache import Cache, Clock
-from .exceptions import StoreUnavailable
+from .exceptions import Overloaded, StoreUnavailable
 from .stores import Feed
 
 logger = logging.getLogger("papaours_auth")
@@ -54,12 +54,21 @@ class Watcher:
         self.on_failure: list[Callable[[], None]] = []
 
     def start(self) -> None:
-        """Start the thread, unless it runs. One caller at a time."""
-        if not self.alive:
-            self._thread = threading.Thread(target=self._live, name="papaours-auth-watcher", daemon=True)
-            self.alive = True
-            self.first = Future()
-            self._thread.start()
+        """Start the thread, unless it runs. One caller at a time.
+
+        Raises `Overloaded` where the machine gives no more threads: the next caller tries again.
+        """
+        if self.alive:
+            return
+        thread = threading.Thread(target=self._live, name="papaours-auth-watcher", daemon=True)
+        self.alive, self.first = True, Future()
+        try:
+            thread.start()
+        except RuntimeError as error:
+            self.alive = False
+            self.first.set_exception(StoreUnavailable("the store's watcher has not started"))
+            raise Overloaded(f"the store's watcher cannot be started: {error}") from None
+        self._thread = thread
 
     def poll(self) -> None:
         """Read the feed once and apply it. Raises `StoreUnavailable`; trust is then left to run out."""
