@@ -466,6 +466,24 @@ def test_a_file_of_schema_1_that_is_migrated_tells_of_foreign_keys_by_its_journa
         store.close()
 
 
+def test_pitfall_54_a_process_of_schema_1_that_has_the_file_open_cannot_hide_the_foreign_key_it_adds(
+    path: Path,
+) -> None:
+    """Else the verifiers of this version would refuse that key for ever."""
+    store = open_store(f"sqlite:///{path}", create=True)
+    assert list(store.feed().read({}).news[0].minted_only) == list(range(PARTITIONS))
+    edit(
+        path, "insert into changes values (2, randomblob(16), 0, 'Alice', 'key.created', 'key_1', '{}', '{}')"
+    )
+    assert list(store.feed().read({}).news[0].minted_only) == list(range(PARTITIONS))
+    edit(
+        path,
+        "insert into changes values (3, randomblob(16), 0, 'Alice', 'key.imported', 'key_2', '{}', '{}')",
+    )
+    assert list(store.feed().read({}).news[0].minted_only) == []
+    store.close()
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="cannot be made"):
         open_store(f"sqlite:///{tmp_path}/nowhere/keys.db", create=True)
