@@ -167,6 +167,33 @@ def test_an_app_that_goes_on_after_a_refusal_has_refused_nobody(blocking: Authen
     assert [batch.refusals for batch in kept.batches if batch.refusals] == []
 
 
+def test_an_apps_own_page_for_any_error_gives_way_to_a_refusal(blocking: Authenticator, kept: Kept) -> None:
+    """As WebError's and Paste's: a 500, sent with the error or while it is handled, by an app or by a generator."""
+
+    def page(environ: Any, start_response: Any, told: bool) -> Any:
+        try:
+            raise Refused(Reason.INSUFFICIENT_RIGHTS)
+        except Refused:
+            write = start_response("500 Internal Server Error", [], *([sys.exc_info()] if told else []))
+            write(b"sorry")
+        return [b"sorry"]
+
+    def told(environ: Any, start_response: Any) -> Any:
+        return page(environ, start_response, True)
+
+    def handled(environ: Any, start_response: Any) -> Any:
+        return page(environ, start_response, False)
+
+    def generated(environ: Any, start_response: Any) -> Any:
+        yield from page(environ, start_response, True)
+
+    for app in (told, handled, generated):
+        guarded = PapaoursAuthMiddleware(app, authenticator=blocking, usage=kept.recorder)
+        status, _, body = run_wsgi(guarded, environ_of(headers=KEY))
+        assert (status, body) == ("403 Forbidden", render(Refused(Reason.INSUFFICIENT_RIGHTS)).body)
+    assert [(event.status, event.reason) for event in kept.events()] == [(403, "insufficient_rights")] * 3
+
+
 def test_what_is_answered_keeps_to_pep_3333(blocking: Authenticator) -> None:
     """The validator of the standard library stands on both sides."""
     for app in (frameworks.bare, frameworks.generator, frameworks.late):

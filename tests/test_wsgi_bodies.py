@@ -80,11 +80,12 @@ def pair(
         yield Pair(request.param, bare, guarded, usage)
 
 
-def on_the_wire(server: Server, path: str, method: str, version: str) -> bytes:
+def on_the_wire(server: Server, path: str, method: str, version: str, request_id: str = "") -> bytes:
     """Return all that is sent for one request, without its date."""
     with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
         lines = (
-            f"{method} {path} HTTP/{version}", "Host: a.example", f"X-API-KEY: {SEED}", "Connection: close"
+            f"{method} {path} HTTP/{version}", "Host: a.example", f"X-API-KEY: {SEED}", "Connection: close",
+            f"X-Request-ID: {request_id}",
         )  # fmt: skip
         connection.sendall("\r\n".join((*lines, "", "")).encode())
         received = b"".join(iter(lambda: connection.recv(1 << 20), b""))
@@ -221,12 +222,13 @@ def test_granian_too_answers_500_for_a_generator_that_fails_at_once(pair: Pair) 
 
 def test_pitfall_40_a_refusal_from_below_is_answered_on_every_server(pair: Pair) -> None:
     """Before the app has named a status, and after, but before anything is sent."""
-    answers = {
-        path: on_the_wire(pair.guarded, path, "GET", "1.1")
-        for path in ("/refuses", "/refuses-first", "/refuses-late", "/refuses-after-all")
-    }
+    paths = ("/refuses", "/refuses-first", "/refuses-late", "/refuses-after-all")
+    answers = {path: on_the_wire(pair.guarded, path, "GET", "1.1", "refused") for path in paths}
     for path, answer in answers.items():
         head, _, body = answer.partition(b"\r\n\r\n")
         assert head.split(b" ", 2)[1] == b"403", (path, answer)
         assert b"application/problem+json" in head, (path, answer)
         assert b'"code": "insufficient_rights"' in body, (path, answer)
+    assert sorted(events(pair.usage, "refused", len(paths))) == sorted(
+        (path, 403, "completed") for path in paths
+    )

@@ -56,9 +56,7 @@ class Answer:
     _call: Call | None = None
     _recorder: Recorder | None = None
     _instead: list[bytes] | None = None  # the body of a refusal that took the place of the app's answer
-    _handed = (
-        False  # whether the server has a body whose first piece is the app's: no other can take its place
-    )
+    _handed = False  # whether the server has a body that begins with the app's own piece
     _file: object = None  # what `wsgi.file_wrapper` made, where it is a function
 
     def __init__(
@@ -79,9 +77,8 @@ class Answer:
         if wrapper is not None and not isinstance(wrapper, type):
             environ[_FILE_WRAPPER] = partial(self._wrap_file, wrapper)
         recorders = environ.setdefault(_RECORDERS, [])
-        if (
-            recorders
-        ):  # of guards further out, or of a request that this environ was copied from, and that has ended
+        if recorders:
+            # Of guards further out; or of a request that has ended, of whose environ this one is a copy.
             environ.pop(REFUSED, None)
             recorders[:] = [(kept, call) for kept, call in recorders if call is not None and not call.outcome]
             if _has(recorders, recorder):
@@ -198,7 +195,7 @@ class Answer:
         try:
             self.start(answer.status_line, list(answer.headers), said)
         except SystemError:  # uWSGI has taken the new status, and raises all the same
-            pass
+            self._said = answer.status_line
         except BaseException:  # the server has sent something after all
             self.end(_FAILED)
             raise

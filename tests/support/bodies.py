@@ -82,7 +82,7 @@ def bare(environ: Any, start_response: Any) -> Any:
         return refused(path)
     if path == "/raises":
         raise LookupError
-    headers = [*HEADERS, ("Content-Length", "3")] if path == "/length" else HEADERS
+    headers = [*HEADERS, ("Content-Length", "3")] if path == "/length" else [*HEADERS]  # wsgiref adds to it
     write = start_response("200 OK", headers)
     if path in ("/file", "/big-file"):
         return environ["wsgi.file_wrapper"](file_of(SIZE if path == "/file" else BIG))
@@ -102,7 +102,7 @@ def bare(environ: Any, start_response: Any) -> Any:
         try:
             raise LookupError
         except LookupError:
-            start_response("500 Internal Server Error", HEADERS, sys.exc_info())
+            start_response("500 Internal Server Error", [*HEADERS], sys.exc_info())
         return [b"broken"]
     return BODIES[path]()
 
