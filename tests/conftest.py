@@ -36,6 +36,13 @@ from papaours_auth.stores import Store
 from papaours_auth.stores.memory import AsyncMemoryStore, MemoryStore
 from support.doors import Door, Spy, open_door
 from support.sql_servers import SQLServer, mariadb, mysql, postgresql
+from support.watchers import note_earlier
+
+
+@pytest.fixture(autouse=True)
+def _earlier_watchers() -> None:
+    note_earlier()
+
 
 PEPPER = "p1:" + base64.urlsafe_b64encode(bytes(range(32))).decode()
 

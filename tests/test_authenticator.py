@@ -49,6 +49,7 @@ from papaours_auth.stores import (
 from papaours_auth.verify import Claim
 from support.doors import Door, Gate, Later, Spy, Threaded, open_door
 from support.servers import wait_until
+from support.watchers import watchers
 
 if TYPE_CHECKING:
     from conftest import ManualClock
@@ -1081,10 +1082,6 @@ def url(tmp_path: Path, ring: PepperRing) -> str:
         owner = keys.create_machine("Service de facturation", organisation="cfa-lyon")
         keys.import_key(owner.id, SEED, name="Production - Service Facturation")
     return url
-
-
-def watchers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "papaours-auth-watcher"]
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])

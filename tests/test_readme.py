@@ -19,6 +19,8 @@ import pytest
 from support.run import bound
 from support.servers import stop, wait_until
 
+pytestmark = pytest.mark.slow
+
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 SECTION = README[README.index("## Protect an app") : README.index("## What it promises")]
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```$", SECTION, re.DOTALL | re.MULTILINE)

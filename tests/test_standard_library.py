@@ -106,6 +106,8 @@ import traceback
 
 def in_a_second_interpreter(code):
     told = os.environ["TOLD"]
+    code += "\\nimport gc, threading\\ngc.collect()\\n"  # an interpreter ends when its threads have
+    code += "[thread.join(30) for thread in threading.enumerate() if thread.name.startswith('papaours')]"
     wrapped = f"import traceback\\ntry:\\n    exec({code!r}, {{}})"
     wrapped += "\\nexcept BaseException:\\n    said = traceback.format_exc()"
     wrapped += f"\\nelse:\\n    said = 'done'\\nopen({told!r}, 'w').write(said)"

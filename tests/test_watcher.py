@@ -21,6 +21,7 @@ from papaours_auth.watcher import FIRST_RETRY, Watcher
 from support.alone import run_alone
 from support.doors import Door, Spy
 from support.servers import wait_until
+from support.watchers import watchers
 
 if TYPE_CHECKING:
     from conftest import ManualClock
@@ -39,10 +40,6 @@ def machine(admin: Keys) -> Machine:
 def seed(admin: Keys, machine: Machine) -> str:
     """The id of the seed document's key, imported."""
     return admin.import_key(machine.id, SEED, name="Production - Service Facturation").id
-
-
-def watchers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "papaours-auth-watcher"]
 
 
 # the thread, in real time
