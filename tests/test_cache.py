@@ -446,3 +446,37 @@ def test_a_wall_clock_that_is_slewed_a_little_drops_nothing(bench: Bench) -> Non
     bench.clock.wall += CLOCK_SHIFT * 0.9
     bench.cache.check_clock()
     assert bench.believes(b"d")
+
+
+# foreign keys
+
+
+def test_that_a_partition_holds_no_foreign_key_is_believed_as_long_as_the_reading_that_told_it(
+    bench: Bench,
+) -> None:
+    """By partition: of a Cluster whose nodes fail alone, one may be read while another is not."""
+    cache, clock = bench.cache, bench.clock
+
+    def hear(partition: int, *minted_only: int, installation: str = "ours") -> None:
+        news = News(epoch(1), (), minted_only=minted_only)
+        cache.apply(Reading(installation, {partition: news}), sent=clock.mono)
+
+    def believed() -> list[int]:
+        return [value for value in range(4) if cache.minted_only(value, clock.mono)]
+
+    assert believed() == []
+    hear(0, 0, 2)
+    clock.advance(MAX_STALENESS / 2)
+    hear(1, 1)
+    assert believed() == [0, 1, 2]
+    hear(0, 2)
+    assert believed() == [1, 2]
+    clock.advance(MAX_STALENESS - 0.001)
+    hear(1, 1)
+    assert believed() == [1, 2]
+    clock.advance(0.001)
+    assert believed() == [1]
+    hear(3, 3, installation="another")
+    assert believed() == [3]
+    cache.after_fork(child=True)
+    assert believed() == []

@@ -44,7 +44,7 @@ from papaours_auth.stores.sql import AsyncSQLStore, SQLFeed, SQLStore, Tables
 from papaours_auth.stores.sql_drivers import connect_within
 from papaours_auth.stores.sql_level import AtLevel
 from papaours_auth.testing import StoreContract
-from papaours_auth.verify import Claim, read
+from papaours_auth.verify import PARTITIONS, Claim, read
 from support.servers import free_port, wait_until
 from support.sql_servers import MOST, PASSWORD, SERVERS, SQLServer, mariadb, mysql, postgresql
 
@@ -714,6 +714,29 @@ def test_another_schema_is_told_at_first_use(store: SQLStore, ring: PepperRing) 
         for call in (store.describe, lambda: store.lookup(claim)):
             with pytest.raises(ConfigurationError, match=said):
                 call()
+
+
+@pytest.mark.parametrize("imported", [False, True])
+@pytest.mark.parametrize("by_alembic", [False, True])
+def test_a_store_of_schema_1_that_is_migrated_tells_of_foreign_keys_by_its_journal(
+    store: SQLStore, url: str, ring: PepperRing, imported: bool, by_alembic: bool
+) -> None:
+    if imported:
+        seed(store, ring)
+    with store._writes.connect() as connection:
+        connection.exec_driver_sql("update papaours_meta set schema_version = 1, minted_only = 0")
+        if not by_alembic:  # which adds a column, and does not know what it should say
+            connection.exec_driver_sql("alter table papaours_meta drop column minted_only")
+        connection.commit()
+    store.close()
+    with pytest.raises(ConfigurationError, match="run 'papaours-auth init'"):
+        open_store(url).describe()
+    for _ in range(2):
+        again = opened(url)
+        feed = again.feed()
+        assert list(feed.read({}).news[0].minted_only) == ([] if imported else list(range(PARTITIONS)))
+        feed.close()
+        again.close()
 
 
 MEDDLED = {

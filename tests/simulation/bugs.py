@@ -1,8 +1,8 @@
-"""Six deliberate bugs, for the test that the simulation can fail. They exist here alone."""
+"""Eight deliberate bugs, for the test that the simulation can fail. They exist here alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from papaours_auth import Identity, StoreUnavailable
@@ -127,6 +127,29 @@ class TrustWithoutHeartbeat(Bug):
         app.cache.apply = believing  # type: ignore[method-assign]  # the bug
 
 
+class MarkIsNeverTakenBack(Bug):
+    """A foreign key that was added after a reading told of none stays unknown."""
+
+    invariant = "c"
+
+    def install(self, app: App) -> None:
+        cache = app.cache
+
+        def keeping(partition: int, told: Collection[int]) -> None:
+            cache._minted_only.update(dict.fromkeys(told, partition))
+
+        app.cache._tell_minted_only = keeping  # type: ignore[method-assign]  # the bug
+
+
+class MarkIsNotBelieved(Bug):
+    """Foreign keys are looked up whatever the store says: anybody can make work for it."""
+
+    invariant = "h"
+
+    def install(self, app: App) -> None:
+        app.cache.minted_only = lambda partition, now: False  # type: ignore[method-assign]  # the bug
+
+
 ALL: Final[dict[str, type[Bug]]] = {
     bug.__name__: bug
     for bug in (
@@ -136,5 +159,7 @@ ALL: Final[dict[str, type[Bug]]] = {
         UsageWritesStatus,
         NoFlightBound,
         TrustWithoutHeartbeat,
+        MarkIsNeverTakenBack,
+        MarkIsNotBelieved,
     )
 }

@@ -75,6 +75,7 @@ class Snapshot(NamedTuple):
     keys: dict[str, KeyFacts | None]
     machines: dict[str, bool | None]
     peppers: dict[str, str | None]
+    foreign: dict[int, bool | None]
 
 
 @dataclass
@@ -86,9 +87,20 @@ class Truth:
     machines: dict[str, History[bool]] = field(default_factory=dict)
     peppers: dict[str, History[str]] = field(default_factory=dict)
     minted: dict[str, str] = field(default_factory=dict)  # a key's text -> the pepper that its tag is of
+    foreign: dict[int, History[bool]] = field(
+        default_factory=dict
+    )  # parts to which a foreign key was ever added
 
     def set_key(self, now: float, text: str, facts: KeyFacts | None) -> None:
         self.keys.setdefault(text, History()).add(now, facts)
+
+    def add_foreign(self, now: float, part: int) -> None:
+        self.foreign.setdefault(part, History()).add(now, True)
+
+    def holds_foreign(self, part: int, since: float, until: float) -> bool:
+        """Tell whether, at some moment of a span, a foreign key had been added to a part."""
+        history = self.foreign.get(part)
+        return history is not None and True in history.within(since, until)
 
     def set_machine(self, now: float, machine: str, active: bool | None) -> None:
         self.machines.setdefault(machine, History()).add(now, active)
@@ -123,13 +135,13 @@ class Truth:
         return Snapshot(*({name: h.last for name, h in part.items()} for part in self._parts()))
 
     def restore(self, now: float, taken: Snapshot) -> None:
-        snapshots: tuple[dict[str, Any], ...] = taken
+        snapshots: tuple[dict[Any, Any], ...] = taken
         for part, then in zip(self._parts(), snapshots, strict=True):
             for name, history in part.items():
                 history.add(now, then.get(name))
 
-    def _parts(self) -> tuple[dict[str, History[Any]], ...]:
-        return self.keys, self.machines, self.peppers
+    def _parts(self) -> tuple[dict[Any, History[Any]], ...]:
+        return self.keys, self.machines, self.peppers, self.foreign
 
     def ever_valid(self, text: str) -> bool:
         """Tell whether a key was ever one to accept."""

@@ -30,7 +30,7 @@ from papaours_auth.cache import Cache, Clock
 from papaours_auth.digest import PepperStatus
 from papaours_auth.stores import Author, Feed, PepperRecord
 from papaours_auth.stores.memory import MemoryStore
-from papaours_auth.verify import Claim
+from papaours_auth.verify import Claim, partition
 from papaours_auth.watcher import Watcher
 
 from .oracle import Asked, KeyFacts, Truth, Violation
@@ -164,6 +164,7 @@ class App:
     def _looks_up(self, claim: Claim) -> Callable[[], None]:
         looking, lookup = self.looking, object()
         looking.add(lookup)
+        self.scene.judge_lookup(self, claim)
         if len(looking) > 2 * self.scene.limits.flights:  # of minted keys, and of foreign ones
             raise Violation("e", f"{self.process.name} has more lookups under way than max_flights")
         return lambda: looking.discard(lookup)
@@ -287,6 +288,9 @@ class Scene:
         machine = keys.create_machine("Machine", organisation="cfa", rights=["contrats:lecture"])
         self.truth.set_machine(self.world.now, machine.id, active=True)
 
+    def part_of(self, text: str) -> int:
+        return partition(text.encode()) % (PARTS if self.partitioned else 1)
+
     def create_key(self, keys: Keys, *, machine: str | None = None) -> None:
         rng = self.rng
         free = [text for text in self.pool if text not in self.truth.existing()]
@@ -306,6 +310,7 @@ class Scene:
         if free and rng.random() < 0.7:
             text = rng.choice(free)
             key = keys.import_key(machine, text, **options)
+            self.truth.add_foreign(self.world.now, self.part_of(text))
         else:
             key, secret = (new := keys.create_key(machine, **options)).key, new.secret
             text = secret.reveal()
@@ -606,6 +611,21 @@ class Scene:
     def _is_calm(self, app: App, began: float) -> bool:
         """Tell whether no fault touched a process for the bound and a client's patience before."""
         return began > app.network.last_fault + MAX_STALENESS + self.weather.patience
+
+    def judge_lookup(self, app: App, claim: Claim) -> None:
+        """Invariant (h): no store is asked for a foreign key that it cannot have."""
+        now, part = self.world.now, claim.partition % (PARTS if self.partitioned else 1)
+        since = now - MAX_STALENESS - self.weather.patience
+        trusted = app.cache.trusted_until > app.clock.uptime(now)
+        if (
+            claim.foreign
+            and trusted
+            and self._is_calm(app, now)
+            and self.truth.primary_held(app.held, since, now)
+            and not self.truth.primary_missing(app.held, since, now)
+            and not self.truth.holds_foreign(part, since, now)
+        ):
+            self.violation = self.violation or Violation("h", f"{app.process.name} looks up a foreign key")
 
     def _check_watch(self, app: App, answer: str, began: float) -> None:
         trusted = app.cache.trusted_until > app.clock.uptime(app.process.last_reading)

@@ -12,7 +12,7 @@ from papaours_auth import StoreUnavailable
 from papaours_auth.stores import Change, Description, Epoch, Feed, Found, News, Reading, Store
 from papaours_auth.stores.memory import MemoryStore
 from papaours_auth.stores.records import next_epoch
-from papaours_auth.verify import Claim
+from papaours_auth.verify import PARTITIONS, Claim
 
 from .world import Process, World
 
@@ -29,14 +29,16 @@ class PartitionedStore(MemoryStore):
         self.tips: dict[int, Epoch] = {}
         self.logs: dict[int, deque[Change]] = {}
         self.part_of: dict[str, int] = {}
+        self.minted_only: dict[int, bool] = dict.fromkeys(range(PARTS), True)
         super().__init__()
         for part in range(PARTS + 1):
             self.tips[part] = next_epoch(None)
             self.logs[part] = deque([self._log[0]._replace(epoch=self.tips[part])])
 
     def add_key(self, key: Any, claim: Claim, kind: str, author: Any) -> None:
-        self.part_of[key.id] = claim.partition % PARTS
+        self.part_of[key.id] = part_of(claim)
         super().add_key(key, claim, kind, author)
+        self.minted_only[part_of(claim)] &= not claim.foreign
 
     def _append(self, author: Any, kind: str, subject: str, before: Any, after: Any) -> None:
         super()._append(author, kind, subject, before, after)
@@ -55,7 +57,7 @@ class PartitionedStore(MemoryStore):
 
     def find_key(self, claim: Claim) -> Found:
         """The first step: the key, with a machine that is not to be believed."""
-        part = claim.partition % PARTS
+        part = part_of(claim)
         return Found(super().lookup(claim).record, {part: self.tips[part]})
 
     def find_machine(self, found: Found) -> Found:
@@ -78,10 +80,16 @@ class PartitionedStore(MemoryStore):
     def _news(self, part: int, known: Epoch | None) -> News:
         log = self.logs[part]
         peppers = tuple(self._peppers.values()) if part == PARTS else None
+        minted_only = range(part, PARTITIONS, PARTS) if self.minted_only.get(part) else ()
         if known is None or all(change.epoch != known for change in log):
-            return News(self.tips[part], None, peppers)
+            return News(self.tips[part], None, peppers, minted_only)
         changes = [(c.kind, c.subject) for c in log if c.epoch.seq > known.seq]
-        return News(self.tips[part], changes, peppers)
+        return News(self.tips[part], changes, peppers, minted_only)
+
+
+def part_of(claim: Claim) -> int:
+    """Give the part of a partitioned store that a key is in."""
+    return claim.partition % PARTS
 
 
 def backup(store: MemoryStore) -> MemoryStore:
