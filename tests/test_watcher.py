@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from papaours_auth import Identity, Keys, Machine, PepperRing, Reason, StoreUnavailable, open_store
+from papaours_auth import (
+    ConfigurationError,
+    Identity,
+    Keys,
+    Machine,
+    PepperRing,
+    Reason,
+    StoreUnavailable,
+    open_store,
+)
 from papaours_auth.cache import Cache
 from papaours_auth.readiness import readiness_of
 from papaours_auth.stores import Epoch, Feed, News, Reading, Store, sqlite
@@ -117,16 +126,18 @@ def test_a_watcher_that_got_no_thread_is_started_by_the_next_uncached_call(
     assert door.authenticator.health().watching
 
 
+@pytest.mark.parametrize("kind", [StoreUnavailable, ConfigurationError])
 def test_a_store_that_cannot_be_watched_is_logged_once_and_tried_again(
-    watched: Callable[..., Door], spy: Spy, seed: str, caplog: pytest.LogCaptureFixture
+    watched: Callable[..., Door], spy: Spy, seed: str, caplog: pytest.LogCaptureFixture, kind: type[Exception]
 ) -> None:
+    """An outage, or a store that is not set up for us: of a newer schema, say, until it is restored."""
     door = watched(max_staleness=0.2)
     door.knock(SEED)
     failures: list[None] = []
 
     def fails(ask: Callable[[], Reading]) -> Reading:
         failures.append(None)
-        raise StoreUnavailable("no route to host")
+        raise kind("no route to host")
 
     with caplog.at_level(logging.WARNING, logger="papaours_auth"):
         spy.on_read = fails

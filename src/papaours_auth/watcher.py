@@ -16,7 +16,7 @@ from typing import Final
 
 from ._locks import WaitingLock
 from .cache import Cache, Clock
-from .exceptions import Overloaded, StoreUnavailable
+from .exceptions import ConfigurationError, Overloaded, StoreUnavailable
 from .stores import Feed
 
 logger = logging.getLogger("papaours_auth")
@@ -113,12 +113,12 @@ class Watcher:
             begun, pause = self._clock.monotonic(), self._interval
             try:
                 self.poll()
-            except StoreUnavailable as error:
+            except (StoreUnavailable, ConfigurationError) as error:  # of another schema: it may be restored
                 if not self._failing:
                     logger.warning("the key store cannot be watched, so uncached answers are due: %s", error)
                 self._failing = True
                 if not self.first.done():
-                    self.first.set_exception(error)
+                    self.first.set_exception(StoreUnavailable(str(error)))
                 for listener in self.on_failure:
                     listener()
                 pause = min(pause, retry)
