@@ -358,6 +358,7 @@ class AsyncSQLiteStore:
     async def aclose(self) -> None:
         """See `AsyncStore.aclose`."""
         self._sync.close()
+        self._threads.stop()
 
     async def _run(self, call: Callable[[], _T]) -> _T:
         asked = self._threads.ask(call)
