@@ -88,14 +88,15 @@ class Guard:
     def identify(self, environ: WSGIEnvironment) -> Identity | None:
         """Give who calls; None where a request may pass without a key. Raises `Refused`."""
         try:
-            return self.authenticator.authenticate(
-                credentials(
-                    _header(environ, "HTTP_AUTHORIZATION"),
-                    _header(environ, "HTTP_X_API_KEY"),
-                    token=self._token,
-                ),
-                client=self.client_of(environ),
-            )
+            client = self.client_of(environ)
+            key = self._presented(environ)
+            try:
+                identity = self.authenticator.cached(key, client)
+            finally:
+                del key  # no frame of ours holds it while the store is asked
+            if identity is not None:
+                return identity
+            return self.authenticator.authenticate(self._presented(environ), client=client)
         except Refused as refused:
             found = refused.copy()  # the raised one has frames that had the key
         if self._passes(found, environ):
@@ -105,6 +106,11 @@ class Guard:
             raise judged
         finally:
             del judged, found  # no cycle of an error and its frame
+
+    def _presented(self, environ: WSGIEnvironment) -> bytes:
+        return credentials(
+            _header(environ, "HTTP_AUTHORIZATION"), _header(environ, "HTTP_X_API_KEY"), token=self._token
+        )
 
     def _judged(self, refused: Refused, environ: WSGIEnvironment) -> Refused:
         if self.throttle is None:
