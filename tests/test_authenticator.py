@@ -436,7 +436,9 @@ def on_slow(slow: Slow, seed: str, ring: PepperRing, clock: ManualClock) -> Asyn
 
 
 def left_behind(authenticator: OURS) -> tuple[int, int]:
-    return len(authenticator._flights), len(authenticator._under_way) + len(authenticator._foreign_under_way)
+    return len(authenticator._flights), len(authenticator._minted.under_way) + len(
+        authenticator._invented.under_way
+    )
 
 
 async def moments(count: int = 5) -> None:
@@ -1214,3 +1216,10 @@ def test_pitfall_22_a_fork_in_the_midst_of_a_lookup_leaves_the_child_none_of_it(
     assert in_child(child)() == [[0, 0], True]
     gate.open()
     assert isinstance(first.answer(), Identity)
+
+
+def test_a_hit_reads_attributes_the_fast_way(ring: PepperRing, store: Store) -> None:
+    """CPython shares the names of at most 30 attributes between instances: with more, a hit takes 40 ns longer."""
+    sync = Authenticator(store, environment="prod", peppers=ring)
+    twin = AsyncAuthenticator(Threaded(store), environment="prod", peppers=ring)
+    assert max(len(vars(each)) for each in (sync, twin, sync._cache)) < 30

@@ -107,8 +107,8 @@ def test_a_flood_of_foreign_keys_leaves_tasks_with_minted_ones_their_room(
     authenticator.refresh()
     assert asyncio.run(scene()).key.name == "Production - Facturation"
     assert authenticator.health().outages == 0
-    assert not authenticator._under_way
-    assert not authenticator._foreign_under_way
+    assert not authenticator._minted.under_way
+    assert not authenticator._invented.under_way
 
 
 def test_a_flood_of_foreign_keys_leaves_threads_with_minted_ones_their_room(
@@ -128,13 +128,13 @@ def test_a_flood_of_foreign_keys_leaves_threads_with_minted_ones_their_room(
             return refused.reason
 
     flood = [Later(lambda number=number: knock(foreign(number))) for number in range(40)]  # type: ignore[misc]  # a default
-    wait_until(lambda: len(authenticator._foreign_under_way) == 6, 10, what="the flood to fill its share")
+    wait_until(lambda: len(authenticator._invented.under_way) == 6, 10, what="the flood to fill its share")
     assert isinstance(knock(minted), Identity)
     gate.open()
     answers = [caller.answer() for caller in flood]
     assert set(answers) <= {Reason.UNKNOWN_KEY, Reason.STORE_UNAVAILABLE}
     assert authenticator.health().outages == 0
-    assert not authenticator._foreign_under_way
+    assert not authenticator._invented.under_way
 
 
 def test_foreign_keys_that_wait_too_long_for_each_other_are_no_outage(
@@ -170,7 +170,7 @@ def test_a_forged_tag_counts_as_foreign_while_it_is_not_known_which_peppers_ther
     async def scene() -> tuple[int, int]:
         flood = [asyncio.create_task(authenticator.authenticate(forged))]
         await asyncio.sleep(0.01)
-        counted = len(authenticator._foreign_under_way), len(authenticator._under_way)
+        counted = len(authenticator._invented.under_way), len(authenticator._minted.under_way)
         described.set()
         await asyncio.gather(*flood, return_exceptions=True)
         return counted
@@ -364,7 +364,7 @@ def test_a_store_that_hangs_is_found_out_and_then_costs_nobody_a_timeout(
                     await authenticator.authenticate(text)
             assert time.monotonic() - began < 1.5, "at most one of them tried"
             assert threading.active_count() <= threads + 1
-            assert not authenticator._under_way
+            assert not authenticator._minted.under_way
             server.thaw()
             began = time.monotonic()
             while not authenticator.health().ok:
@@ -474,7 +474,7 @@ def test_an_entry_that_cannot_be_refreshed_serves_until_its_lifetime_ends(
     if fault == "down":
         spy.on_lookup = down
     else:
-        door.authenticator._max_flights = 0
+        door.authenticator._minted.most = 0
     for _ in range(2):
         clock.advance(45.5)
         assert isinstance(door.knock(minted), Identity)

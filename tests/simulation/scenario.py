@@ -177,7 +177,7 @@ class App:
             raise Violation("e", f"{self.process.name} keeps more entries than it may")
         if len(cache._by_key) > known or len(cache._by_machine) > known:
             raise Violation("e", f"{self.process.name} indexes what it no longer keeps")
-        under_way = self.authenticator._under_way, self.authenticator._foreign_under_way
+        under_way = self.authenticator._minted.under_way, self.authenticator._invented.under_way
         if max(map(len, under_way)) > limits.flights:
             raise Violation("e", f"{self.process.name} has more flights under way than max_flights")
 
