@@ -128,6 +128,17 @@ def test_amendment_01_trust_counts_from_when_the_reading_was_sent_and_ends_exact
     assert not bench.believes(b"d")
 
 
+def test_that_a_store_holds_no_foreign_key_is_believed_as_long_as_the_reading_that_told_it(
+    bench: Bench,
+) -> None:
+    sent = bench.clock.mono
+    news = News(epoch(1), (), bench.peppers, minted_only=(0, 3))
+    bench.cache.apply(Reading("ours", {0: news}), sent=sent)
+    for now, believed in ((sent, True), (sent + MAX_STALENESS - 0.001, True), (sent + MAX_STALENESS, False)):
+        assert bench.cache.minted_only(3, now) is believed
+        assert not bench.cache.minted_only(4, now)  # of which nobody told
+
+
 def test_amendment_01_only_a_reading_renews_trust(bench: Bench) -> None:
     bench.keep(b"d", record())
     for _ in range(4):
@@ -167,6 +178,18 @@ def test_what_the_hot_path_compares_with_is_the_earliest_trust_of_all_partitions
     assert bench.cache.trusted_until == began + MAX_STALENESS  # of partition 1
     bench.hear(epoch(1), partition=1)
     assert bench.cache.trusted_until == began + 0.5 + MAX_STALENESS  # of partition 2
+
+
+def test_in_an_outage_too_every_partition_of_an_entry_must_have_been_heard_of_within_max_age(
+    bench: Bench,
+) -> None:
+    bench.hear(epoch(1), partition=1, broken=True)
+    bench.keep(b"d", record(), {0: epoch(1), 1: epoch(1)})
+    began = bench.clock.mono
+    bench.clock.advance(5.0)
+    bench.hear(epoch(1), partition=1)  # 0 has been silent since
+    for now, served in ((began + 9.9, True), (began + 10.0, False)):
+        assert (bench.cache.recall_stale(b"d", now, 10.0) is not None) is served
 
 
 # fills

@@ -160,13 +160,7 @@ class RecordedAnswer(Answer):
             if message["status"] == _ERROR and (refused := self._handled()) is not None:
                 return self._answer_instead(refused)
             self.state = _BEGUN
-            call = self.call  # from here `_began`, had it not cost 50 ns
-            _describe(call, self.scope, self.guard)
-            call.status = message["status"]
-            if self.refused is not None:
-                self._noted(self.refused, call)
-            if self.recorder.spooled:
-                self.recorder.sent(call)
+            self._began(message["status"])
             return self.onward(_made_private(message))
         if kind != "http.response.body":
             self._note(kind, message)
@@ -185,15 +179,10 @@ class RecordedAnswer(Answer):
         call = self.call
         _describe(call, self.scope, self.guard)
         call.status = status
-        if self.refused is not None:
-            self._noted(self.refused, call)
+        if self.refused is not None and not call.reason and _tells(self.refused, status, self.scope):
+            call.reason = self.refused.reason.value
         if self.recorder.spooled:
             self.recorder.sent(call)
-
-    def _noted(self, refused: Refused, call: Call) -> None:
-        """Record why something below the guard refused, if this is the answer to it."""
-        if not call.reason and _tells(refused, call.status, self.scope):
-            call.reason = refused.reason.value
 
     def _completed(self) -> None:
         """Record the call: its duration ends here, whatever the app still does in the background."""

@@ -13,6 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 
 from .asking import collect, import_anew
@@ -33,7 +34,7 @@ CORE = [
         "watcher.py",
     ),
     *("outage.py", "throttle.py", "keys.py", "asgi.py", "wsgi.py", "_middleware.py", "exceptions.py"),
-    *("_asgi_guard.py", "_asgi_answer.py", "_asgi_lifespan.py", "_wsgi_answer.py"),
+    *("_asgi_guard.py", "_asgi_paths.py", "_asgi_answer.py", "_asgi_lifespan.py", "_wsgi_answer.py"),
 ]
 ENOUGH = 0.97
 MEMORY = ROOT / ".mutants.json"
@@ -122,19 +123,17 @@ class Hunt:
             else:
                 (within if len(change.lines) else imported).append(change)
         print(f"{len(changes)} changes, {len(within) + len(imported)} of them to be tried", flush=True)
-        trials = [self._trial(change, sources, record, at_once=True) for change in within]
+        trials = [self._trial(change, sources, record) for change in within]
         if trials:
             self._within(trials, record)
         imported += [change for change in within if change.name not in self.verdicts]
-        trials = [self._trial(change, sources, record, at_once=False) for change in imported]
+        trials = [self._trial(change, sources, record) for change in imported]
         warm_up(record.modules)
         for change, verdict in self._settled(trials, import_anew(record)):
             self._note(change, verdict)
 
-    def _trial(self, change: Change, sources: dict[str, bytes], record: Record, *, at_once: bool) -> Trial:
+    def _trial(self, change: Change, sources: dict[str, bytes], record: Record) -> Trial:
         rounds = self._asked.rounds(change, self._memory)
-        if at_once:  # nothing has to be collected: one child asks all
-            rounds = [[name for names in rounds for name in names]]
         return Trial(change, change.applied(sources[change.module]), rounds, record)
 
     def _within(self, trials: list[Trial], record: Record) -> None:
@@ -146,14 +145,20 @@ class Hunt:
             signal.setitimer(signal.ITIMER_REAL, 0)
             with results.open("a", encoding="utf-8") as file:
                 accusers: dict[str, None] = {}
-                for change, verdict in self._settled(trials, body):
+                # The module's own tests about every change first: most end there, and soon.
+                later: list[Trial] = []
+                for change, verdict in chain(self._settled(trials, body, later), self._settled(later, body)):
                     file.write(json.dumps([change.name, *verdict]) + "\n")
                     file.flush()
                     accusers[verdict.by] = None
                 # What they noticed could be this tool: they are asked about a change that changes nothing.
-                nothing = trials[0].unchanged([name for name in accusers if name])
-                for _, verdict in self._settled([nothing], body):
+                innocent = [name for name in accusers if name]
+                while innocent:
+                    ((_, verdict),) = self._settled([trials[0].unchanged(innocent)], body)
+                    if not verdict.noticed:
+                        break
                     file.write(json.dumps(["", *verdict]) + "\n")
+                    innocent = [name for name in innocent if name != verdict.by]
 
         results.touch()
         files = files_to_record(TESTS)
@@ -168,16 +173,21 @@ class Hunt:
                         name, *verdict = json.loads(line)
                         if name:
                             self._note(by_name[name], Verdict(*verdict))
-                        elif verdict[0]:
-                            sys.exit(f"{verdict[2]} fails here although nothing is changed ({verdict[1]})")
+                        else:
+                            self._forget(Verdict(*verdict))
         finally:
             child.end()
         if ended:
             print(child.output.read_text()[-2000:])
             sys.exit(f"the tests could not be collected ({ended})")
 
-    def _settled(self, trials: list[Trial], body: Body) -> Iterator[tuple[Change, Verdict]]:
-        """Yield each verdict when it is there. Those that this body cannot make are left out."""
+    def _settled(
+        self, trials: list[Trial], body: Body, later: list[Trial] | None = None
+    ) -> Iterator[tuple[Change, Verdict]]:
+        """Yield each verdict when it is there. Those that this body cannot make are left out.
+
+        With ``later``, those whose first tests notice nothing are put there.
+        """
         waiting, running = deque(trials), dict[Path, Trial]()
         places = [self._place / f"{os.getpid()}-{number}" for number in range(self._jobs)]
         try:
@@ -187,6 +197,10 @@ class Hunt:
                 time.sleep(0.005)
                 for where, trial in list(running.items()):
                     seen = trial.look()
+                    if seen is True and later is not None and trial.is_done_with_the_first:
+                        later.append(trial)
+                        del running[where]
+                        continue
                     if seen is True:
                         seen = trial.begin(where, body) or False
                     if isinstance(seen, Verdict):
@@ -196,6 +210,14 @@ class Hunt:
         finally:
             for trial in running.values():
                 trial.stop()
+
+    def _forget(self, accuser: Verdict) -> None:
+        """Believe nothing that was noticed by a test which fails without any change too."""
+        print(f"  {accuser.by} fails here though nothing is changed ({accuser.how})", flush=True)
+        for name, verdict in self.verdicts.items():
+            if verdict.by == accuser.by:
+                self.verdicts[name] = Verdict(noticed=False, how="doubtful", by=verdict.by)
+                self._memory.pop(f"of {name}", None)
 
     def _note(self, change: Change, verdict: Verdict) -> None:
         self.verdicts[change.name] = verdict
@@ -220,10 +242,10 @@ class Asked:
         """Return the test that noticed it last, then those of the module's own file, then the others."""
         who = self._record.who_may_notice(change.module, change.lines)
         last = str(memory.get(f"by {change.name}", ""))
-        first = [last] if last in who else []
         named = f"tests/test_{change.module.removeprefix('_').removesuffix('.py')}.py::"
-        own = [name for name in who if name.startswith(named) and name not in first]
-        return [first, own, [name for name in who if not name.startswith(named) and name not in first]]
+        own = [name for name in who if name.startswith(named) and name != last]
+        others = [name for name in who if not name.startswith(named) and name != last]
+        return [[last, *own] if last in who else own, others]
 
     def _key(self, change: Change, tests: Iterable[str]) -> str:
         files = sorted({name.partition("::")[0].removeprefix("tests/") for name in tests})

@@ -105,7 +105,8 @@ def functions_of_the_core() -> list[FunctionType]:
     found = [
         each
         for each in gc.get_objects()
-        if isinstance(each, FunctionType) and str(each.__module__).startswith("papaours_auth.")
+        # Not isinstance, which asks an object of Django's for its class, and that for its settings.
+        if type(each) is FunctionType and str(each.__module__).startswith("papaours_auth.")
     ]
     gc.collect()
     gc.freeze()

@@ -131,6 +131,7 @@ class Trial:
         self._record = record
         self._suspect = ""
         self._child: Child | None = None
+        self._rounds_begun = 0
 
     def unchanged(self, names: list[str]) -> Trial:
         """Return one that changes nothing, and asks these tests."""
@@ -143,8 +144,14 @@ class Trial:
         if not self._rounds:
             return Verdict(False, "unnoticed" if self._child else "unseen")
         names, change = self._rounds.pop(0), self.change
+        self._rounds_begun += not self._suspect
         self._child = Child(place, (change.module, self._text), lambda: body(change, names, place))
         return None
+
+    @property
+    def is_done_with_the_first(self) -> bool:
+        """Whether the first tests have noticed nothing, and others are left to be asked."""
+        return self._rounds_begun == 1 and bool(self._rounds) and not self._suspect
 
     def look(self) -> Verdict | bool:
         """Return a verdict; True where the next tests are to be asked, False while these are under way."""

@@ -21,6 +21,7 @@ LEFT_OUT = {
     "usage_spool",
     # These start servers or processes.
     *("client_addresses", "faults", "forks", "gevent", "lambda", "servers", "servers_of_processes"),
+    *("options", "refused_below", "refused_below_wsgi"),  # Django can be set up once in a process
     *("standard_library", "usage_faults", "usage_life", "usage_redis", "wsgi_bodies"),
 }
 """Files of tests (without ``test_``) that run the core only by the way, or slowly."""
@@ -40,7 +41,7 @@ NEAR = [
     "conformance",
 ]
 """Whose tests are asked next where those of the module's own file notice nothing."""
-ENOUGH = 10.0
+ENOUGH = 8.0
 """Seconds of the processor, under coverage, of tests that are asked about one change: 200 or so."""
 
 
@@ -140,12 +141,13 @@ class Recorder:
         good = {
             name for name, test in self._tests.items() if name not in self._failed and test.seconds <= LONGEST
         }
-        lines: dict[str, dict[int, list[str]]] = defaultdict(dict)
+        place = {name: number for number, name in enumerate(sorted(good))}
+        lines: dict[str, dict[int, list[int]]] = defaultdict(dict)
         for module in self._modules:
             for line, tests in data.contexts_by_lineno(str(self._sources / module)).items():
-                lines[module][line] = sorted(good.intersection(tests))
+                lines[module][line] = sorted(place[name] for name in good.intersection(tests))
         record = {
-            "tests": [list(test) for name, test in self._tests.items() if name in good],
+            "tests": [list(self._tests[name]) for name in sorted(good)],
             "lines": lines,
             "failed": sorted(self._failed),
             "modules": sorted(sys.modules),
@@ -157,18 +159,23 @@ class Recorder:
 def read_record(text: str) -> Record:
     """Read what `Recorder.run` has written."""
     found = json.loads(text)
+    names = [test[0] for test in found["tests"]]
+    tests = {test[0]: Test(*test) for test in found["tests"] if not _is_left_out(test[0])}
     lines = {
-        module: {int(line): tests for line, tests in of_module.items()}
+        module: {
+            int(line): [names[place] for place in places if names[place] in tests]
+            for line, places in of_module.items()
+        }
         for module, of_module in found["lines"].items()
     }
-    tests = {test[0]: Test(*test) for test in found["tests"]}
     return Record(tests, lines, found["failed"], found["modules"])
 
 
 def files_to_record(tests: Path) -> list[str]:
     """Return the files whose tests may notice something."""
-    return [
-        str(path)
-        for path in sorted(tests.glob("test_*.py"))
-        if path.stem.removeprefix("test_") not in LEFT_OUT
-    ]
+    return [str(path) for path in sorted(tests.glob("test_*.py")) if not _is_left_out(f"tests/{path.name}")]
+
+
+def _is_left_out(name: str) -> bool:
+    """Whether a test, or a file of tests, is one that is not asked."""
+    return Path(name.partition("::")[0]).stem.removeprefix("test_") in LEFT_OUT
