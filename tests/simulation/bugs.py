@@ -19,8 +19,10 @@ class NoEpochOnFill(Bug):
     invariant = "a"
 
     def arrange(self, scene: Scene) -> None:
-        """Keys are changed while they are looked up, and left alone long enough for an entry to be seen after it."""
-        scene.spite, scene.rest, scene.lifetime = 0.4, 2.5, 300.0
+        """Keys are changed while they are looked up, answers are slow and announcements are not, and keys live."""
+        scene.spite, scene.rest, scene.lifetime, scene.mortality = 0.4, 2.5, 300.0, 0.1
+        weather = scene.weather
+        weather.loss, weather.slow, weather.deaf, weather.patience = 0.0, 0.3, 0.0, 4.0
 
     def install(self, app: App) -> None:
         cache, fill = app.cache, app.cache.fill
