@@ -31,6 +31,7 @@ from papaours_auth import (
     Conflict,
     Keys,
     Machine,
+    Overloaded,
     PepperRing,
     Reason,
     Refused,
@@ -687,6 +688,15 @@ def test_a_late_connection_is_closed() -> None:
         connect_within(0.01, lambda: (gate.wait(30), late)[1])
     gate.set()
     assert late.closed.wait(10)
+
+
+def test_a_connection_for_which_there_is_no_thread_is_no_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none_left)
+    with pytest.raises(Overloaded, match="can't start new thread"):
+        connect_within(1, object)
 
 
 # a store that is not as it must be

@@ -553,6 +553,22 @@ def test_a_fork_while_the_sink_hangs_gives_a_child_that_records(
     assert rows(sink.path) == {200: 1, 201: 1}
 
 
+def test_a_thread_that_was_not_to_be_had_is_asked_for_again_by_the_next_call(
+    make: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    taken: list[Batch] = []
+    recorder = make(CallableSink(taken.append), interval=0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        call(recorder)
+    call(recorder)
+    wait_until(lambda: sum(len(batch.events) for batch in taken) == 2, 10, what="both calls to be delivered")
+    recorder.close()
+
+
 def test_a_thread_that_cannot_start_any_more_leaves_delivery_to_the_end(
     make: Callable[..., Recorder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ from sqlalchemy.exc import ArgumentError
 
 from .._fork import hold_across_fork
 from .._patience import Patiences
-from ..exceptions import ConfigurationError, StoreUnavailable
+from ..exceptions import ConfigurationError, Overloaded, StoreUnavailable
 from .sql_tables import DEFAULT_PREFIX, Tables
 
 if TYPE_CHECKING:
@@ -196,7 +196,10 @@ def connect_within(seconds: float, connect: Callable[[], Any]) -> Any:
         else:
             connection.close()
 
-    threading.Thread(target=run, name="papaours-sql-connect", daemon=True).start()
+    try:
+        threading.Thread(target=run, name="papaours-sql-connect", daemon=True).start()
+    except RuntimeError as error:
+        raise Overloaded(f"the SQL store cannot be connected to: {error}") from None
     try:
         return future.result(seconds)
     except FutureTimeoutError:
@@ -218,7 +221,7 @@ class LoopEngines:
         loop = asyncio.get_running_loop()
         found = self._open.get(loop)
         if found is None:
-            self._open = {other: kept for other, kept in self._open.items() if not other.is_closed()}
+            self._open = {other: kept for other, kept in [*self._open.items()] if not other.is_closed()}
             engine = self._make()
             found = self._open[loop] = engine, _until_the_loop_ends(engine)
             await anext(found[1])

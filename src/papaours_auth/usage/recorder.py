@@ -120,6 +120,7 @@ class Recorder:
         """Be a producer of our own."""
         self.producer = secrets.token_hex(8)
         self._starting = WaitingLock()
+        self._ends_at_exit = False  # a child of multiprocessing forgets the finalizers of its parent
 
     def _new_keeper(self) -> Keeper:
         on_first = _starter(weakref.ref(self))
@@ -148,10 +149,14 @@ class Recorder:
         with self._starting:
             if not self._keeper.idle or self._courier.closing:
                 return
-            _close_at_exit(weakref.ref(self))
+            if not self._ends_at_exit:
+                self._ends_at_exit = True
+                _close_at_exit(weakref.ref(self))
             self._keeper.tend()
-            self._keeper.idle = False
             self._courier.start()
+            self._keeper.idle = (
+                not self._courier.running
+            )  # no thread was to be had: the next call tries again
 
     def acquire(self) -> None:
         """Start for one of several apps that share this recorder."""
