@@ -9,6 +9,8 @@ from typing import Any
 
 import asgiref.sync
 import pytest
+from django.test.utils import override_settings
+from fastapi import FastAPI
 from starlette._utils import is_async_callable
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
@@ -21,6 +23,7 @@ from papaours_auth.digest import new_pepper
 from papaours_auth.starlette import PapaoursAuthMiddleware as StarletteMiddleware
 from papaours_auth.stores.memory import AsyncMemoryStore, MemoryStore
 from papaours_auth.usage import CallableSink, Recorder
+from support import frameworks
 from support.calls import Recorded, http_scope, lifespan, run_asgi, websocket_scope
 
 SEED = "pk_prod_abc123def456ghi789"
@@ -240,6 +243,51 @@ def test_pitfall_35_a_path_that_an_app_could_read_in_two_ways_is_guarded(
     assert passes(StarletteMiddleware, open_) == stripped
     assert passes(PapaoursAuthMiddleware, whole) == both
     assert passes(PapaoursAuthMiddleware, open_) == (stripped and not root)
+
+
+@pytest.mark.parametrize("front", [PapaoursAuthMiddleware, StarletteMiddleware])
+@pytest.mark.filterwarnings("ignore:The `root_path` parameter is deprecated")
+def test_pitfall_35_a_root_path_that_a_framework_sets_itself_is_known(
+    authenticator: AsyncAuthenticator, front: Any
+) -> None:
+    app = FastAPI(root_path="/public", openapi_url=None)
+    app.add_api_route("/{rest:path}", lambda: "guarded", response_model=None)
+    assert _statuses(front(app, authenticator=authenticator, exempt=["/public/*", "/healthz"])) == {
+        "/public/admin": 401,
+        "/public/public/x": 200,
+        "/healthz": 200,
+    }
+
+
+def test_pitfall_35_a_script_name_that_django_is_forced_to_is_known(
+    authenticator: AsyncAuthenticator,
+) -> None:
+    app = frameworks.django()
+    with override_settings(FORCE_SCRIPT_NAME="/public"):
+        guarded = PapaoursAuthMiddleware(app, authenticator=authenticator, exempt=["/public/*", "/healthz"])
+        statuses = _statuses(guarded)
+    assert statuses["/public/admin"] == 401
+    assert statuses["/public/public/x"] == 200
+
+
+def _statuses(app: Any) -> dict[str, int]:
+    """Return the status of each path; the client stays, as Django looks for whether it does."""
+    answers: dict[str, int] = {}
+
+    async def ask(path: str) -> None:
+        body = [{"type": "http.request", "body": b"", "more_body": False}]
+
+        async def receive() -> Any:
+            return body.pop() if body else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            answers.setdefault(path, message.get("status", 0))
+
+        await app(http_scope(path, [("Host", "a.example")], raw_path=path.encode()), receive, send)
+
+    for path in ("/public/admin", "/public/public/x", "/healthz"):
+        asyncio.run(ask(path))
+    return answers
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ the client choose it.
 from __future__ import annotations
 
 import re
+import sys
 from typing import Final
 from urllib.parse import unquote
 
@@ -20,11 +21,11 @@ _ENCODED: Final = re.compile(rb"%(?!20|[89A-Fa-f][0-9A-Fa-f])")
 """An encoded character that need not be encoded, or that means something where it is decoded (``%2f``)."""
 
 
-def is_exempt(gate: Gate, scope: Scope, *, strips: bool) -> bool:
+def is_exempt(gate: Gate, scope: Scope, *, strips: bool, own_root: str) -> bool:
     """Return whether a request may pass without a key because of its path. In doubt, it may not.
 
     ``strips``: the app is known to take ``root_path`` off, as Starlette does. Otherwise it may or may not, and the
-    whole path must be exempt as well as what is below ``root_path``.
+    whole path must be exempt as well as what is below ``root_path``. ``own_root``: see `own_root_of`.
     """
     path: str = scope["path"]
     root: str = scope.get("root_path") or ""
@@ -41,6 +42,8 @@ def is_exempt(gate: Gate, scope: Scope, *, strips: bool) -> bool:
             return False
     elif gate.guards(path):
         return False
+    if own_root and path.startswith(own_root) and gate.guards(path[len(own_root) :]):
+        return False
     raw = scope.get("raw_path")
     return raw is None or _is_read_alike(raw, path, root)
 
@@ -54,3 +57,13 @@ def _is_read_alike(raw: bytes, path: str, root: str) -> bool:
         and raw.startswith(root.encode())
         and unquote(raw.decode("latin-1"), errors="replace") == path
     )
+
+
+def own_root_of(app: object) -> str:
+    """Return the root path that an app sets itself when it is called, where the guard around it cannot see it."""
+    modules = {kind.__module__ for kind in type(app).__mro__}
+    if "fastapi.applications" in modules:
+        return str(getattr(app, "root_path", ""))
+    if "django.core.handlers.asgi" in modules:
+        return getattr(sys.modules["django.conf"].settings, "FORCE_SCRIPT_NAME", None) or ""
+    return ""

@@ -10,7 +10,7 @@ from typing import Unpack
 from ._asgi_answer import WAITING, Answer, answer_to, answer_to_somebody, note, respond
 from ._asgi_guard import AnyScope, App, Guard, Message, Receive, Scope, Send, header, identity_of
 from ._asgi_lifespan import run_lifespan
-from ._asgi_paths import is_exempt
+from ._asgi_paths import is_exempt, own_root_of
 from ._middleware import REFUSAL, MiddlewareOptions, authorized, known
 from .authenticator import AsyncAuthenticator
 from .exceptions import Refused
@@ -59,6 +59,7 @@ class PapaoursAuthMiddleware(Guard):
         **options: Unpack[MiddlewareOptions],
     ) -> None:
         self.app = self._inner = app
+        self._own_root = own_root_of(app)
         super().__init__(
             environment=environment, store=store, authenticator=authenticator, usage=usage, **options
         )
@@ -71,7 +72,7 @@ class PapaoursAuthMiddleware(Guard):
             await self._other(kind, scope, receive, send)
             return
         identity = refused = client = None
-        if self._everything or not is_exempt(self.gate, scope, strips=self._strips):
+        if self._everything or not is_exempt(self.gate, scope, strips=self._strips, own_root=self._own_root):
             key = b""
             try:
                 key, client = self._presented(scope)
