@@ -78,11 +78,11 @@ def stored(path: Path) -> Counter[str]:
 
 CASES = [
     (door, store, spool, fork, warm)
-    for fork in ("hookless", "after-only")
-    for warm in (False, True)
+    # A cold app whose child runs the *after* hooks is real uWSGI's: `test_servers_of_processes`.
+    for fork, warm in (("hookless", False), ("hookless", True), ("after-only", True))
     for number, store in enumerate(("sqlite", "postgresql", "redis"))
     # Each store behind both doors, into memory and into a spool; not each with each.
-    for door, spool in [("asgi", bool(number % 2) == warm), ("wsgi", bool(number % 2) != warm)]
+    for door, spool in (("asgi", bool(number % 2) == warm), ("wsgi", bool(number % 2) != warm))
 ]
 
 

@@ -6,6 +6,7 @@ workers do. The script prints a report in JSON, one for the parent and one for e
 
 from __future__ import annotations
 
+import _imp
 import asyncio
 import ctypes
 import faulthandler
@@ -47,9 +48,16 @@ class Plan(NamedTuple):
 
 
 def fork(kind: str) -> int:
-    pid: int = C.fork()
-    if pid == 0 and kind == "after-only":
+    pid: int
+    if kind == "hookless":
+        pid = C.fork()
+        return pid
+    _imp.acquire_lock()  # which the *after* hooks of Python 3.13 let go of, whatever ran before
+    pid = C.fork()
+    if pid == 0:
         C.PyOS_AfterFork_Child()
+    else:
+        _imp.release_lock()
     return pid
 
 

@@ -39,7 +39,7 @@ def locks(thing: object, seen: set[int]) -> Iterator[tuple[str, Any]]:
     names = [*getattr(thing, "__dict__", {}), *getattr(type(thing), "__slots__", ())]
     for name in names:
         value = getattr(thing, name, None)
-        if hasattr(value, "acquire") and hasattr(value, "release"):
+        if hasattr(value, "acquire") and not isinstance(value, type):
             yield f"{type(thing).__name__}.{name}", value
         yield from locks(value, seen)
 
