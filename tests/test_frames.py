@@ -270,7 +270,9 @@ def test_pitfall_37_no_frame_holds_a_key_in_the_error_of_a_real_driver(
     ring: PepperRing,
     reported: Reported,
     canaries: Canaries,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("papaours_auth.stores.redis.WRITE_TIMEOUT", 0.2)
     with place(request, tmp_path) as (url, take_away), ExitStack() as stack:
         store = stack.enter_context(Keys(open_store(url, create=True), peppers=ring))
         machine = store.create_machine("Service", organisation="cfa-lyon")

@@ -239,7 +239,7 @@ def test_pitfall_39_a_store_down_at_boot_and_then_back_makes_the_app_ready_withi
         assert "not_checked" in told.reasons
         for secret in ("127.0.0.1", "papaours:", PEPPER[4:], SEED, "hunter2"):
             assert secret.encode() not in told.body
-        time.sleep(1.2)  # the watcher tries on at its slowest pace
+        time.sleep(0.5)  # the watcher tries on at its slowest pace
         away.come_back()
         back = time.monotonic()
         while (told := app.probe("GET")).status != 200:
