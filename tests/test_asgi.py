@@ -124,6 +124,7 @@ def test_amendment_14_a_wrong_pepper_fails_the_start_in_one_line(memory: MemoryS
     assert message["type"] == "lifespan.startup.failed"
     assert "not the one this store was made with" in message["message"]
     assert "\n" not in message["message"]
+    assert not guarded.authenticator.health().watching  # a start that failed leaves no thread
 
 
 class Down(MemoryStore):

@@ -45,6 +45,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="mutants", description=__doc__)
     parser.add_argument("--module", action="append", help="this one alone, cache.py say; may be repeated")
     parser.add_argument("--only", default="", help="changes whose name has this text in it")
+    parser.add_argument("--sample", type=int, default=1, help="one change of so many, drawn by its name")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--fresh", action="store_true", help="forget what earlier runs have found")
     parser.add_argument("--list", action="store_true", help="list the changes and make none")
@@ -56,6 +57,7 @@ def main() -> int:
         for module in modules
         for change in changes_of(module, sources[module])
         if options.only in change.name
+        and int(sha256(change.name.encode()).hexdigest(), 16) % options.sample == 0
     ]
     if options.list:
         print(*(f"{change.module}:{change.line} {change.name}" for change in changes), sep="\n")
@@ -70,7 +72,7 @@ def main() -> int:
     finally:
         MEMORY.write_text(json.dumps(memory))
         shutil.rmtree(place, ignore_errors=True)
-    partial = bool(options.module or options.only)
+    partial = bool(options.module or options.only or options.sample > 1)
     print(f"{time.monotonic() - began:.0f} s")
     return report(changes, hunt.verdicts, read_known(), partial=partial)
 
