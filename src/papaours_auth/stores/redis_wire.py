@@ -109,6 +109,8 @@ _WORD_LENGTH: Final = 8
 
 def _bearing(commands: Sequence[Command], word: bytes) -> list[Command]:
     """Put the word into the commands that give it back, or else a command behind them that does."""
+    if len(commands) == 1 and commands[0][-1] is WORD:  # a lookup on Cluster
+        return [(*commands[0][:-1], word)]
     given = [(*command[:-1], word) if command[-1] is WORD else command for command in commands]
     return given if any(command[-1] is WORD for command in commands) else [*given, ("PING", word)]
 
@@ -119,6 +121,8 @@ def _checked(ask: Ask, replies: list[Any], word: bytes) -> list[Any]:
     A Sentinel before Redis 7 takes no word (PING is all it has). It says who is asked next, not who comes in.
     """
     commands = ask.commands
+    if len(replies) == 1 and commands[0][-1] is WORD and not isinstance(replies[0], ResponseError):
+        return [_without(word, replies[0])]
     if len(replies) > len(commands):
         last = replies.pop()
         if isinstance(last, ResponseError):
