@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
@@ -63,10 +63,12 @@ class Bench:
         partition: int = 0,
         installation: str = "ours",
         broken: bool = False,
+        peppers: Sequence[PepperRecord] | None = None,
     ) -> None:
-        """Apply a reading sent now; ``broken``: our last tip was not in its log."""
-        peppers = self.peppers if partition == self.peppers_in else None
-        news = News(tip, None if broken else changes, peppers)
+        """Apply a reading sent now; ``broken``: our last tip was not in its log; ``peppers`` from now on."""
+        self.peppers = self.peppers if peppers is None else peppers
+        told = self.peppers if partition == self.peppers_in else None
+        news = News(tip, None if broken else changes, told)
         self.cache.apply(Reading(installation, {partition: news}), sent=self.clock.mono)
 
     def keep(
@@ -288,6 +290,50 @@ def test_listeners_hear_of_changes_and_not_of_silence(bench: Bench) -> None:
     assert heard == []
     bench.hear(epoch(2), ("key.disabled", "k"))
     assert heard == ["change"]
+
+
+def test_each_cause_of_a_change_is_heard_of_alone_and_each_reading_too(bench: Bench) -> None:
+    heard: list[str] = []
+    bench.cache.on_change.append(lambda: heard.append("change"))
+    bench.cache.on_reading.append(lambda: heard.append("reading"))
+    causes: list[Callable[[], None]] = [
+        lambda: bench.hear(epoch(2), broken=True),  # our tip is not in the log
+        lambda: bench.hear(epoch(2), installation="theirs"),  # another store
+        lambda: bench.hear(epoch(3), ("key.renamed", "k")),
+        lambda: bench.hear(epoch(3), peppers=(P1, P2)),
+    ]
+    for cause in causes:
+        heard.clear()
+        cause()
+        assert heard == ["change", "reading"]
+    heard.clear()
+    bench.hear(epoch(3))
+    assert heard == ["reading"]
+
+
+def test_another_store_is_not_trusted_for_what_was_read_of_the_one_before(bench: Bench) -> None:
+    bench.hear(epoch(7), partition=1, broken=True)
+    bench.cache.apply(Reading("theirs", {1: News(epoch(1), None)}), sent=bench.clock.mono)
+    now = bench.clock.mono
+    assert bench.cache.told(now) is None
+    assert now >= bench.cache.trust(0)
+    assert now < bench.cache.trust(1)
+    assert bench.cache.trusted_until == bench.cache.trust(1)
+
+
+def test_where_there_are_foreign_keys_is_what_the_log_that_tells_of_them_told_last(bench: Bench) -> None:
+    def hear(partition: int, *told: int) -> set[int]:
+        news = News(epoch(1), (), bench.peppers if partition == 0 else None, minted_only=told)
+        bench.cache.apply(Reading("ours", {partition: news}), sent=bench.clock.mono)
+        return {of for of in range(6) if bench.cache.minted_only(of, bench.clock.mono)}
+
+    assert hear(0, 1, 2) == {1, 2}
+    assert hear(1, 3, 4) == {1, 2, 3, 4}
+    assert hear(1, 3, 4) == {1, 2, 3, 4}
+    assert hear(0, 2) == {2, 3, 4}  # a foreign key was added under 1
+    assert hear(0) == {3, 4}
+    bench.hear(epoch(1), installation="theirs", broken=True)
+    assert not bench.cache.minted_only(3, bench.clock.mono)
 
 
 def test_what_readings_say_of_peppers_is_one_object_until_one_says_otherwise(bench: Bench) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from papaours_auth import ConfigurationError, Reason, Refused
-from papaours_auth.http import Gate, credentials, language, render
+from papaours_auth.http import Gate, credentials, language, render, status_of
 
 WRONG_GATES: list[tuple[dict[str, Any], str]] = [
     ({"everywhere": False, "exempt": ["/a"]}, "everywhere=False refuses nobody"),
@@ -180,6 +180,26 @@ def test_an_answer_speaks_the_language_that_its_headers_name() -> None:
     assert json.loads(render(Refused(Reason.UNKNOWN_KEY)).body)["title"] == "API key unknown"
     answer = render(Refused(Reason.UNKNOWN_KEY), accept_language="fr")
     assert json.loads(answer.body)["title"] == "Clé API inconnue"
+
+
+def test_who_is_to_come_back_later_is_told_when_and_nobody_else_is() -> None:
+    def after(reason: Reason, seconds: int | None = None) -> str | None:
+        return dict(render(Refused(reason, retry_after=seconds)).headers).get("Retry-After")
+
+    assert after(Reason.TOO_MANY_FAILURES, 48) == "48"
+    assert after(Reason.TOO_MANY_FAILURES) == "5"
+    assert after(Reason.STORE_UNAVAILABLE) == "5"
+    assert after(Reason.STORE_UNAVAILABLE, 7) == "7"
+    assert {after(reason, 48) for reason in Reason if status_of(reason) not in (429, 503)} == {None}
+
+
+def test_a_problem_is_one_in_readable_utf_8_and_as_long_as_it_says() -> None:
+    answer = render(Refused(Reason.UNKNOWN_KEY), accept_language="fr")
+    headers = dict(answer.headers)
+    assert "Clé API inconnue".encode() in answer.body
+    assert headers["Content-Type"] == "application/problem+json"
+    assert headers["Content-Length"] == str(len(answer.body))
+    assert headers["Cache-Control"] == "no-store"
 
 
 def test_a_challenge_names_rights_where_they_are_lacking_and_nowhere_else() -> None:

@@ -22,7 +22,7 @@ LEFT_OUT = {
     # These start servers or processes.
     *("client_addresses", "faults", "forks", "gevent", "lambda", "servers", "servers_of_processes"),
     *("options", "refused_below", "refused_below_wsgi"),  # Django can be set up once in a process
-    *("standard_library", "usage_faults", "usage_life", "usage_redis", "wsgi_bodies"),
+    *("usage_faults", "usage_life", "usage_redis", "wsgi_bodies"),
 }
 """Files of tests (without ``test_``) that run the core only by the way, or slowly."""
 LONGEST = 8.0
