@@ -319,6 +319,15 @@ def test_another_store_is_not_trusted_for_what_was_read_of_the_one_before(bench:
     assert now >= bench.cache.trust(0)
     assert now < bench.cache.trust(1)
     assert bench.cache.trusted_until == bench.cache.trust(1)
+    bench.cache.apply(Reading("theirs", {0: News(epoch(1), None)}), sent=now)
+    assert bench.cache.told(now) is None  # what the other store said of peppers in this partition
+
+
+def test_another_store_is_a_change_whatever_its_reading_says(bench: Bench) -> None:
+    heard: list[str] = []
+    bench.cache.on_change.append(lambda: heard.append("change"))
+    bench.cache.apply(Reading("theirs", {1: News(epoch(1), ())}), sent=bench.clock.mono)
+    assert heard == ["change"]
 
 
 def test_where_there_are_foreign_keys_is_what_the_log_that_tells_of_them_told_last(bench: Bench) -> None:
