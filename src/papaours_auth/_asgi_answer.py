@@ -86,7 +86,7 @@ class Answer:
         """Answer what was raised below the guard."""
         if self.state == _REPLACED:
             return
-        self._refused(refused)
+        note(self.scope, refused)
         if self.state == _ACCEPTED:
             await self.send(_close(refused))
         else:
@@ -137,9 +137,6 @@ class Answer:
     def _completed(self) -> None:
         """Note that nothing more of it comes."""
 
-    def _refused(self, refused: Refused) -> None:
-        """Note why something below the guard refuses."""
-
 
 class RecordedAnswer(Answer):
     """The answer to a caller whom the guard knows, and whose call it records."""
@@ -188,9 +185,6 @@ class RecordedAnswer(Answer):
         """Record the call: its duration ends here, whatever the app still does in the background."""
         if not self.call.outcome:
             self.recorder.done(self.call, _COMPLETED)
-
-    def _refused(self, refused: Refused) -> None:
-        self.refused = refused
 
 
 class LateAnswer(Answer):
@@ -242,9 +236,6 @@ class LateAnswer(Answer):
     def _completed(self) -> None:
         if self.call is not None and self.recorder is not None and not self.call.outcome:
             self.recorder.done(self.call, _COMPLETED)
-
-    def _refused(self, refused: Refused) -> None:
-        self.refused = refused
 
     def _look(self, status: int) -> None:
         """Look whom the answer is for, now that it begins or that there will be none."""

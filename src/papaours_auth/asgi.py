@@ -131,7 +131,6 @@ class PapaoursAuthMiddleware(Guard):
 
     async def _refuse(self, refused: Refused, scope: Scope, send: Send) -> None:
         answer = answer_to_somebody(self, scope, send)
-        note(scope, refused)
         try:
             await answer.refuse(refused)
         finally:
