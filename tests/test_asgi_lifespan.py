@@ -16,6 +16,7 @@ import trio
 from conftest import PEPPER
 from papaours_auth import Keys, PepperRing, open_store, parse_peppers
 from papaours_auth.asgi import PapaoursAuthMiddleware
+from papaours_auth.digest import new_pepper
 from papaours_auth.stores.memory import AsyncMemoryStore, MemoryStore
 from support.calls import Recorded, http_scope, lifespan, run_asgi
 from support.servers import serving, stop
@@ -237,6 +238,23 @@ def test_pitfall_45_trio_is_refused_at_start_in_one_line(tmp_path: Path) -> None
         serving("hypercorn-trio", estate.environ, tmp_path, "plain_app:app"),
     ):
         pass
+
+
+def test_a_start_that_fails_leaves_a_shared_recorder_to_the_other_app(
+    memory: MemoryStore, kept: Kept
+) -> None:
+    """It had not begun to use the recorder, so it does not end its use either."""
+    guarded = PapaoursAuthMiddleware(
+        Recorded(),
+        environment="prod",
+        store=AsyncMemoryStore(memory),
+        peppers=parse_peppers(new_pepper()),
+        usage=kept.recorder,
+    )
+    kept.recorder.acquire()
+    assert lifespan(guarded) == ["lifespan.startup.failed"]
+    assert kept.recorder.health().running
+    kept.recorder.release()
 
 
 def test_without_lifespan_trio_meets_503_and_one_line_in_the_log(

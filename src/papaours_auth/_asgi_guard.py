@@ -71,12 +71,16 @@ class Guard:
     async def start(self) -> None:
         """Check peppers and store before the first call, and start the recorder.
 
-        Raises `ConfigurationError`; an outage is logged.
+        Raises `ConfigurationError`, and leaves nothing running then; an outage is logged.
         """
         if not _on_asyncio():
             raise ConfigurationError(_NEEDS_ASYNCIO)
         try:
             await self.authenticator.start()
+        except ConfigurationError:
+            if self._owned:  # its watcher runs, whatever the store said
+                await self.authenticator.aclose()
+            raise
         except StoreUnavailable as error:
             logger.warning("starting although the key store cannot answer, so calls meet 503: %s", error)
         if self.recorder is not None:

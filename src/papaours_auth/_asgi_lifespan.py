@@ -16,7 +16,6 @@ async def run_lifespan(guard: Guard, app: App, scope: Scope, receive: Receive, s
         await guard.start()
     except ConfigurationError as error:
         await receive()  # lifespan.startup
-        await guard.aclose()  # its watcher runs, whatever the store said
         await send({"type": "lifespan.startup.failed", "message": str(error)})
         return
     life = _Life(guard, receive, send)
