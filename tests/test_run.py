@@ -124,8 +124,9 @@ def test_that_passes():
 """
 
 
+@pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_the_last_lines_say_what_was_skipped_and_why(tmp_path: Path, workers: str) -> None:
+def test_the_last_lines_say_what_was_skipped_and_why(tmp_path: Path, workers: str, bare: bool) -> None:
     (tmp_path / "test_these.py").write_text(SKIPPING)
     command = [
         sys.executable,
@@ -142,7 +143,10 @@ def test_the_last_lines_say_what_was_skipped_and_why(tmp_path: Path, workers: st
     ]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environ["PYTHONPATH"] = str(ROOT / "tests")
+    environ["PAPAOURS_BARE"] = "1" if bare else ""  # whatever the run is that this test belongs to
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "    3 no such server here" in done.stdout.splitlines()[-2]
-    assert "1 passed, 3 skipped" in done.stdout.splitlines()[-1]
+    *_, skipped, summary = [line for line in done.stdout.splitlines() if not line.startswith("BARE=1")]
+    assert "    3 no such server here" in skipped
+    assert "1 passed, 3 skipped" in summary
+    assert ("BARE=1: servers on the PATH were hidden" in done.stdout.splitlines()[-2]) is bare
